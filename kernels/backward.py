@@ -1,0 +1,241 @@
+"""Backward of relu(batch_norm(x) + s): the channel sums of the gradient, their merge, the gradients of the inputs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch_table
+from .forward import Norm, accumulator, means_and_rstds, tile_options
+from .geometry import dense, geometry, in_layout_of
+from .tile import affine, aligned, by_channel, channels_of, load_norm, locate, locate_bits, schedule, store, unpack_bits
+
+
+@triton.jit
+def _relu_gradient(
+    dy, z, inside, mask, tile, channel_block, S, C,
+    CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dy where the forward let z through, by its mask or, where it kept none, by the sign of the same z."""
+    if mask is not None:
+        start, local, bits_inside = locate_bits(tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+        on = unpack_bits(tl.load(mask + start + local, mask=bits_inside, other=0))
+    else:
+        on = ~(z <= 0)
+    # A select: 0·inf would be NaN.
+    return tl.where(on & inside, dy, 0)
+
+
+@triton.jit
+def _reduce_kernel(
+    dy, x, residual, mask, dz_out, dx, dresidual, partials,
+    mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias, G, S, C,
+    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Σ dz, Σ dz·x̂ (and Σ dz·ŝ) of each program, and every gradient that needs no sum: dz, and all when FROZEN."""
+    S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
+    channel_block, program, programs, tiles = schedule(G, S, C, BLOCK_S, BLOCK_C)
+    c, c_inside = channels_of(channel_block, C, BLOCK_C)
+    m, r, scale, shift = load_norm(mean, rstd, weight, bias, c, c_inside, EPS, FROZEN, CHANNELS_LAST, ACC)
+    TILE: tl.constexpr = (BLOCK_S, BLOCK_C) if CHANNELS_LAST else (BLOCK_C, BLOCK_S)
+    sum_dz = tl.zeros(TILE, ACC)
+    sum_dz_x = tl.zeros(TILE, ACC)
+    if residual is not None:
+        residual_m, residual_r, residual_scale, residual_shift = load_norm(
+            residual_mean, residual_rstd, residual_weight, residual_bias, c, c_inside,
+            RESIDUAL_EPS, FROZEN, CHANNELS_LAST, ACC,
+        )  # fmt: skip
+        sum_dz_residual = tl.zeros(TILE, ACC)
+
+    for tile in range(program, tiles, programs):
+        start, local, inside = locate(tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+        centred = tl.load(x + start + local, mask=inside, other=0).to(ACC) - m
+        z = affine(centred, scale, shift)
+        if residual is not None:
+            residual_centred = tl.load(residual + start + local, mask=inside, other=0).to(ACC) - residual_m
+            z += affine(residual_centred, residual_scale, residual_shift)
+        dz = tl.load(dy + start + local, mask=inside, other=0).to(ACC)
+        dz = _relu_gradient(dz, z, inside, mask, tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+        if dz_out is not None:
+            store(dz_out + start + local, dz, inside)
+        if dx is not None:
+            store(dx + start + local, dz * scale, inside)
+        if dresidual is not None:
+            store(dresidual + start + local, dz * residual_scale, inside)
+        if partials is not None:
+            sum_dz += dz
+            sum_dz_x += tl.where(inside, dz * centred, 0)
+            if residual is not None:
+                sum_dz_residual += tl.where(inside, dz * residual_centred, 0)
+
+    if partials is not None:
+        AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
+        row = programs * C
+        out = partials + program * C + c
+        tl.store(out, tl.sum(sum_dz, axis=AXIS), mask=c_inside)
+        tl.store(out + row, tl.sum(sum_dz_x * r, axis=AXIS), mask=c_inside)
+        if residual is not None:
+            tl.store(out + 2 * row, tl.sum(sum_dz_residual * residual_r, axis=AXIS), mask=c_inside)
+
+
+@triton.jit
+def _merge_sums_kernel(
+    partials, sums, dweight, dbias, dresidual_weight, dresidual_bias, C, programs,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The partial sums of all programs added in a fixed order, and the parameters' gradients, which they are."""
+    c, c_inside = channels_of(tl.program_id(0), C, BLOCK_C)
+    for row in tl.static_range(ROWS):
+        total = tl.zeros((BLOCK_P, BLOCK_C), ACC)
+        for first in range(0, programs, BLOCK_P):
+            p = first + tl.arange(0, BLOCK_P)
+            at = (row * programs + p)[:, None] * C + c[None, :]
+            total += tl.load(partials + at, mask=(p < programs)[:, None] & c_inside[None, :], other=0)
+        value = tl.sum(total, axis=0)
+        tl.store(sums + row * C + c, value, mask=c_inside)
+        if row == 0:
+            if dbias is not None:
+                store(dbias + c, value, c_inside)
+            if dresidual_bias is not None:
+                store(dresidual_bias + c, value, c_inside)
+        elif row == 1:
+            if dweight is not None:
+                store(dweight + c, value, c_inside)
+        else:
+            if dresidual_weight is not None:
+                store(dresidual_weight + c, value, c_inside)
+
+
+@triton.jit
+def _input_gradient(dz, centred, r, scale, mean_dz, mean_dz_x):
+    """weight·rstd·(dz - Σdz/M - x̂·Σ(dz·x̂)/M)"""
+    return scale * (dz - mean_dz - centred * r * mean_dz_x)
+
+
+@triton.jit
+def _apply_kernel(
+    gradient, x, residual, mask, sums, dx, dresidual,
+    mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias, M, G, S, C,
+    IS_DZ: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """dx and, with two norms, the residual's gradient, from the merged sums and ``gradient``: dz, or dy."""
+    S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
+    channel_block, program, programs, tiles = schedule(G, S, C, BLOCK_S, BLOCK_C)
+    c, c_inside = channels_of(channel_block, C, BLOCK_C)
+    m, r, scale, shift = load_norm(mean, rstd, weight, bias, c, c_inside, 0.0, False, CHANNELS_LAST, ACC)
+    mean_dz = by_channel(tl.load(sums + c, mask=c_inside, other=0) / M, CHANNELS_LAST)
+    mean_dz_x = by_channel(tl.load(sums + C + c, mask=c_inside, other=0) / M, CHANNELS_LAST)
+    if residual is not None:
+        residual_m, residual_r, residual_scale, residual_shift = load_norm(
+            residual_mean, residual_rstd, residual_weight, residual_bias, c, c_inside, 0.0, False, CHANNELS_LAST, ACC
+        )
+        mean_dz_residual = by_channel(tl.load(sums + 2 * C + c, mask=c_inside, other=0) / M, CHANNELS_LAST)
+
+    for tile in range(program, tiles, programs):
+        start, local, inside = locate(tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+        centred = tl.load(x + start + local, mask=inside, other=0).to(ACC) - m
+        z = affine(centred, scale, shift)
+        if residual is not None:
+            residual_centred = tl.load(residual + start + local, mask=inside, other=0).to(ACC) - residual_m
+            z += affine(residual_centred, residual_scale, residual_shift)
+        dz = tl.load(gradient + start + local, mask=inside, other=0).to(ACC)
+        if not IS_DZ:
+            dz = _relu_gradient(dz, z, inside, mask, tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+        if dx is not None:
+            store(dx + start + local, _input_gradient(dz, centred, r, scale, mean_dz, mean_dz_x), inside)
+        if dresidual is not None:
+            value = _input_gradient(dz, residual_centred, residual_r, residual_scale, mean_dz, mean_dz_residual)
+            store(dresidual + start + local, value, inside)
+
+
+class Gradients(NamedTuple):
+    """Which gradients are wanted, or the gradients; of the inputs of the forward in its order."""
+
+    x: Tensor | bool | None
+    residual: Tensor | bool | None
+    weight: Tensor | bool | None
+    bias: Tensor | bool | None
+    residual_weight: Tensor | bool | None
+    residual_bias: Tensor | bool | None
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    residual_dtype: torch.dtype | None,
+    mask: Tensor | None,
+    stats: Tensor | None,
+    norm: Norm,
+    residual_norm: Norm | None,
+    wanted: Gradients,
+) -> Gradients:
+    """The wanted gradients of ``forward``, None elsewhere, from what it was given and returned.
+
+    ``residual`` is needed only with ``residual_norm``, ``residual_dtype`` only without; no ``stats`` means frozen
+    statistics. Launches: reduce, merge, apply; the merge only for sums that something needs, the apply only where an
+    input's gradient waits for them.
+    """
+    x = dense(x)
+    g = geometry(x)
+    dy = in_layout_of(dy, x)
+    if residual is not None:
+        residual = in_layout_of(residual, x)
+    dx = torch.empty_like(x) if wanted.x else None
+    dz = dresidual = None
+    if wanted.residual and residual_norm is None:
+        dz = torch.empty_like(x, dtype=residual_dtype)
+    elif wanted.residual and residual is not None:
+        dresidual = torch.empty_like(residual)
+    frozen = stats is None
+    # With batch statistics an input's gradient waits for the sums; without, it is local.
+    waiting = (None, None) if frozen else (dx, dresidual)
+    local = (dx, dresidual) if frozen else (None, None)
+    dweight, dbias, dresidual_weight, dresidual_bias = parameters = [
+        torch.empty_like(p, memory_format=torch.contiguous_format) if want and p is not None else None
+        for p, want in zip(_parameters(norm, residual_norm), wanted[2:], strict=True)
+    ]
+
+    second = norm if residual_norm is None else residual_norm
+    mean, rstd, residual_mean, residual_rstd = means_and_rstds(stats, norm, residual_norm)
+    norms = (mean, rstd, norm.weight, norm.bias, residual_mean, residual_rstd, second.weight, second.bias)
+    acc = accumulator(x, residual, dy)
+    rows = 2 if residual_norm is None else 3
+    partials = None
+    if any(t is not None for t in (*waiting, *parameters)):
+        programs = launch_table.streaming("reduce", g).programs
+        partials = x.new_empty((rows, programs, g.channels), dtype=acc)
+    grid, options = tile_options("reduce", g, acc)
+    _reduce_kernel[grid](
+        dy, x, residual, mask, dz, *local, partials, *norms, g.groups, g.positions, g.channels,
+        EPS=norm.eps, RESIDUAL_EPS=second.eps, FROZEN=frozen, **options,
+    )  # fmt: skip
+
+    if partials is not None:
+        sums = x.new_empty((rows, g.channels), dtype=acc)
+        merge = launch_table.merge(programs, g.channels)
+        _merge_sums_kernel[(merge.channel_blocks,)](
+            partials, sums, *parameters, g.channels, programs,
+            ROWS=rows, BLOCK_P=merge.block_programs, BLOCK_C=merge.block_channels, ACC=options["ACC"],
+            num_warps=merge.warps,
+        )  # fmt: skip
+    if any(t is not None for t in waiting):
+        # dz is dy already masked, unless it was rounded to a narrower dtype.
+        is_dz = dz is not None and dz.dtype is dy.dtype
+        grid, options = tile_options("apply", g, acc)
+        _apply_kernel[grid](
+            dz if is_dz else dy, x, residual, mask, sums, *waiting, *norms, g.values, g.groups, g.positions, g.channels,
+            IS_DZ=is_dz, **options,
+        )  # fmt: skip
+    return Gradients(dx, dresidual if dz is None else dz, dweight, dbias, dresidual_weight, dresidual_bias)
+
+
+def _parameters(norm: Norm, residual_norm: Norm | None) -> tuple[Tensor | None, ...]:
+    second = (None, None) if residual_norm is None else (residual_norm.weight, residual_norm.bias)
+    return norm.weight, norm.bias, *second

@@ -1,0 +1,270 @@
+"""Forward of relu(batch_norm(x) + s): statistics, their merge, normalise + add + ReLU."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch_table
+from .geometry import Geometry, dense, geometry, in_layout_of
+from .tile import (
+    affine,
+    aligned,
+    by_position,
+    channels_of,
+    load_norm,
+    locate,
+    locate_bits,
+    merge_lanes,
+    pack_bits,
+    positions_inside,
+    schedule,
+    store,
+    welford,
+)
+
+
+@triton.jit
+def _statistics_kernel(
+    x, residual, partials, G, S, C,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Each program's count, mean and M2 of each channel of its block, over every P-th tile; of ``residual`` too."""
+    S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
+    channel_block, program, programs, tiles = schedule(G, S, C, BLOCK_S, BLOCK_C)
+    TILE: tl.constexpr = (BLOCK_S, BLOCK_C) if CHANNELS_LAST else (BLOCK_C, BLOCK_S)
+    count = tl.zeros((BLOCK_S,), ACC)
+    mean = tl.zeros(TILE, ACC)
+    m2 = tl.zeros(TILE, ACC)
+    if residual is not None:
+        residual_mean = tl.zeros(TILE, ACC)
+        residual_m2 = tl.zeros(TILE, ACC)
+
+    for tile in range(program, tiles, programs):
+        start, local, inside = locate(tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+        count += positions_inside(tile, S, BLOCK_S).to(ACC)
+        reciprocal = by_position(1 / tl.where(count > 0, count, 1), CHANNELS_LAST)
+        value = tl.load(x + start + local, mask=inside, other=0).to(ACC)
+        mean, m2 = welford(value, inside, reciprocal, mean, m2)
+        if residual is not None:
+            value = tl.load(residual + start + local, mask=inside, other=0).to(ACC)
+            residual_mean, residual_m2 = welford(value, inside, reciprocal, residual_mean, residual_m2)
+
+    c, c_inside = channels_of(channel_block, C, BLOCK_C)
+    row = programs * C
+    NORMS: tl.constexpr = 1 if residual is None else 2
+    total, centre, spread = merge_lanes(count, mean, m2, CHANNELS_LAST)
+    tl.store(partials + program * C + c, centre, mask=c_inside)
+    tl.store(partials + row + program * C + c, spread, mask=c_inside)
+    if residual is not None:
+        _, centre, spread = merge_lanes(count, residual_mean, residual_m2, CHANNELS_LAST)
+        tl.store(partials + 2 * row + program * C + c, centre, mask=c_inside)
+        tl.store(partials + 3 * row + program * C + c, spread, mask=c_inside)
+    tl.store(partials + 2 * NORMS * row + program, total, mask=channel_block == 0)
+
+
+@triton.jit
+def _update(running, new, momentum, momentum_rest, c, c_inside):
+    """running <- (1 - momentum)·running + momentum·new, in place, in the precision of ``new``."""
+    old = tl.load(running + c, mask=c_inside, other=0).to(new.dtype)
+    factor = tl.cast(momentum, new.dtype) + tl.cast(momentum_rest, new.dtype)
+    store(running + c, (1 - factor) * old + factor * new, c_inside)
+
+
+@triton.jit
+def _finish_norm(
+    partials, counts, stats, running_mean, running_var, momentum, momentum_rest, M, C, programs, channel_block,
+    EPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One norm's partials (mean, M2) merged into ``stats`` (mean, rstd), and its running statistics updated."""
+    c, c_inside = channels_of(channel_block, C, BLOCK_C)
+    count = tl.zeros((BLOCK_P,), ACC)
+    mean = tl.zeros((BLOCK_P, BLOCK_C), ACC)
+    m2 = tl.zeros((BLOCK_P, BLOCK_C), ACC)
+    for first in range(0, programs, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        at = p[:, None] * C + c[None, :]
+        inside = (p < programs)[:, None] & c_inside[None, :]
+        added = tl.load(counts + p, mask=p < programs, other=0)
+        count += added
+        # Chan's update of (count, mean, M2), lane by lane; a lane without values adds nothing.
+        share = (added / tl.where(count > 0, count, 1))[:, None]
+        delta = tl.where(inside, tl.load(partials + at, mask=inside, other=0) - mean, 0)
+        m2 += tl.load(partials + programs * C + at, mask=inside, other=0)
+        m2 += delta * delta * share * (count - added)[:, None]
+        mean += delta * share
+    _, mean, m2 = merge_lanes(count, mean, m2, True)
+    tl.store(stats + c, mean, mask=c_inside)
+    tl.store(stats + C + c, 1 / tl.sqrt(m2 / M + EPS), mask=c_inside)
+    if running_mean is not None:
+        _update(running_mean, mean, momentum, momentum_rest, c, c_inside)
+    if running_var is not None:
+        _update(running_var, m2 / (M - 1), momentum, momentum_rest, c, c_inside)
+
+
+@triton.jit
+def _merge_statistics_kernel(
+    partials, stats, running_mean, running_var, residual_running_mean, residual_running_var,
+    momentum, momentum_rest, residual_momentum, residual_momentum_rest, M, C, programs,
+    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, NORMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """``_finish_norm`` for one norm, or for two in the halves of the grid."""
+    counts = partials + 2 * NORMS * programs * C
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    channel_block = tl.program_id(0)
+    if channel_block < channel_blocks:
+        _finish_norm(
+            partials, counts, stats, running_mean, running_var, momentum, momentum_rest, M, C, programs,
+            channel_block, EPS, BLOCK_P, BLOCK_C, ACC,
+        )  # fmt: skip
+    elif NORMS == 2:
+        _finish_norm(
+            partials + 2 * programs * C, counts, stats + 2 * C, residual_running_mean, residual_running_var,
+            residual_momentum, residual_momentum_rest, M, C, programs,
+            channel_block - channel_blocks, RESIDUAL_EPS, BLOCK_P, BLOCK_C, ACC,
+        )  # fmt: skip
+
+
+@triton.jit
+def _normalise_kernel(
+    x, residual, y, mask, mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
+    G, S, C,
+    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y = relu(norm(x) + s), s nothing, ``residual`` or its norm, and the bits of y's gradient mask."""
+    S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
+    channel_block, program, programs, tiles = schedule(G, S, C, BLOCK_S, BLOCK_C)
+    c, c_inside = channels_of(channel_block, C, BLOCK_C)
+    m, _, scale, shift = load_norm(mean, rstd, weight, bias, c, c_inside, EPS, FROZEN, CHANNELS_LAST, ACC)
+    if residual_mean is not None:
+        residual_m, _, residual_scale, residual_shift = load_norm(
+            residual_mean, residual_rstd, residual_weight, residual_bias, c, c_inside,
+            RESIDUAL_EPS, FROZEN, CHANNELS_LAST, ACC,
+        )  # fmt: skip
+
+    for tile in range(program, tiles, programs):
+        start, local, inside = locate(tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+        z = affine(tl.load(x + start + local, mask=inside, other=0).to(ACC) - m, scale, shift)
+        if residual is not None:
+            s = tl.load(residual + start + local, mask=inside, other=0).to(ACC)
+            if residual_mean is not None:
+                s = affine(s - residual_m, residual_scale, residual_shift)
+            z += s
+        # NaN is not <= 0: it stays, as in torch.relu.
+        off = z <= 0
+        store(y + start + local, tl.where(off, 0, z), inside)
+        if mask is not None:
+            start, local, inside = locate_bits(tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+            tl.store(mask + start + local, pack_bits(~off), mask=inside)
+
+
+class Norm(NamedTuple):
+    """One BatchNorm's tensors, each of shape (C,) or None, and numbers."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    momentum: float
+    eps: float
+
+
+def accumulator(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of the arithmetic on these activations."""
+    wide = any(t is not None and t.dtype is torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def tile_options(kernel: str, g: Geometry, acc: torch.dtype) -> tuple[tuple[int], dict]:
+    """The grid and the compile-time arguments that every streaming kernel takes."""
+    launch = launch_table.streaming(kernel, g)
+    return launch.grid, {
+        "CHANNELS_LAST": g.channels_last,
+        "ALIGN": math.gcd(g.inner, 16),
+        "BLOCK_S": launch.block_positions,
+        "BLOCK_C": launch.block_channels,
+        "ACC": tl.float64 if acc is torch.float64 else tl.float32,
+        "num_warps": launch.warps,
+    }
+
+
+def means_and_rstds(stats: Tensor | None, norm: Norm | None, residual_norm: Norm | None) -> tuple[Tensor | None, ...]:
+    """(mean, rstd, residual mean, residual rstd): of the batch, or the running ones with the variance for rstd."""
+    if stats is not None:
+        return tuple(stats) if residual_norm is not None else (*stats, None, None)
+    first = (norm.running_mean, norm.running_var) if norm is not None else (None, None)
+    second = (residual_norm.running_mean, residual_norm.running_var) if residual_norm is not None else (None, None)
+    return *first, *second
+
+
+def batch_statistics(x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None) -> Tensor:
+    """(mean, rstd) of ``x``, or (mean, rstd, mean, rstd) of both; running statistics are updated. Two launches."""
+    g = geometry(x)
+    acc = accumulator(x, residual)
+    norms = 1 if residual_norm is None else 2
+    normed_residual = None if residual_norm is None else residual
+    grid, options = tile_options("statistics", g, acc)
+    programs = launch_table.streaming("statistics", g).programs
+    partials = x.new_empty(programs * (2 * norms * g.channels + 1), dtype=acc)
+    _statistics_kernel[grid](x, normed_residual, partials, g.groups, g.positions, g.channels, **options)
+
+    stats = x.new_empty((2 * norms, g.channels), dtype=acc)
+    merge = launch_table.merge(programs, g.channels)
+    second = norm if residual_norm is None else residual_norm
+    _merge_statistics_kernel[(merge.channel_blocks * norms,)](
+        partials, stats, norm.running_mean, norm.running_var, second.running_mean, second.running_var,
+        *_float32_parts(norm.momentum), *_float32_parts(second.momentum), g.values, g.channels, programs,
+        EPS=norm.eps, RESIDUAL_EPS=second.eps, NORMS=norms, BLOCK_P=merge.block_programs,
+        BLOCK_C=merge.block_channels, ACC=options["ACC"], num_warps=merge.warps,
+    )  # fmt: skip
+    return stats
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, save_mask: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """relu(batch_norm(x) + s) for ``x`` of shape (N, C, *spatial), N·C·spatial > 0.
+
+    s is nothing, ``residual``, or with ``residual_norm`` the batch norm of ``residual``. Returns y in the promoted
+    dtype and the layout of ``x``; with ``save_mask``, in the middle form, the packed mask; with ``training`` the batch
+    statistics (mean, rstd[, mean, rstd]), float32 or float64. One launch, three with ``training``.
+    """
+    x = dense(x)
+    g = geometry(x)
+    dtype = x.dtype
+    if residual is not None:
+        residual = in_layout_of(residual, x)
+        dtype = torch.promote_types(dtype, residual.dtype)
+    stats = batch_statistics(x, residual, norm, residual_norm) if training else None
+    mean, rstd, residual_mean, residual_rstd = means_and_rstds(stats, norm, residual_norm)
+    y = torch.empty_like(x, dtype=dtype)
+    mask = None
+    if save_mask and needs_mask(residual, residual_norm):
+        mask = x.new_empty(g.mask_numel, dtype=torch.uint8)
+    second = norm if residual_norm is None else residual_norm
+    grid, options = tile_options("normalise", g, accumulator(x, residual))
+    _normalise_kernel[grid](
+        x, residual, y, mask, mean, rstd, norm.weight, norm.bias,
+        residual_mean, residual_rstd, second.weight, second.bias, g.groups, g.positions, g.channels,
+        EPS=norm.eps, RESIDUAL_EPS=second.eps, FROZEN=not training, **options,
+    )  # fmt: skip
+    return y, mask, stats
+
+
+def needs_mask(residual: Tensor | None, residual_norm: Norm | None) -> bool:
+    """Only a residual that is not saved for the backward hides the sign from it; else x and s give it again."""
+    return residual is not None and residual_norm is None
+
+
+def _float32_parts(value: float) -> tuple[float, float]:
+    """``value`` as two float32 numbers: Triton passes a float as one, which is too coarse for float64 statistics."""
+    high = ctypes.c_float(value).value
+    return high, value - high

@@ -1,0 +1,90 @@
+"""How an activation lies in memory, and tensors brought into a common layout."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Geometry(NamedTuple):
+    """An activation of shape (N, C, *spatial) as the kernels see it.
+
+    channels_last: element (position, channel) lies at ``position * channels + channel``; one group.
+    contiguous: element (group, channel, position) lies at ``(group * channels + channel) * positions + position``.
+    """
+
+    channels_last: bool
+    groups: int
+    positions: int
+    channels: int
+
+    @property
+    def values(self) -> int:
+        """Values per channel, M = N·H·W."""
+        return self.groups * self.positions
+
+    @property
+    def inner(self) -> int:
+        """Extent of the axis whose elements are neighbours in memory."""
+        return self.channels if self.channels_last else self.positions
+
+    @property
+    def mask_numel(self) -> int:
+        """Bytes of a bit mask with the inner axis packed by eight."""
+        outer = self.values if self.channels_last else self.groups * self.channels
+        return outer * (-(-self.inner // 8))
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the kernels should walk ``x`` channel by channel rather than plane by plane.
+
+    A tensor can be both (C = 1, or one position): then the axis with more than one element is the inner one.
+    """
+    one_position = x.dim() == 2 or math.prod(x.shape[2:]) == 1
+    return one_position or (not x.is_contiguous() and _strides_channels_last(x))
+
+
+def geometry(x: Tensor) -> Geometry:
+    """The geometry of a dense activation, as ``dense`` returns it."""
+    batch, channels = x.shape[0], x.shape[1]
+    spatial = x.numel() // max(batch * channels, 1)
+    if is_channels_last(x):
+        return Geometry(True, 1, batch * spatial, channels)
+    return Geometry(False, batch, spatial, channels)
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` itself where it is contiguous or channels_last, else a copy in the nearer of the two layouts."""
+    if x.is_contiguous() or _strides_channels_last(x):
+        return x
+    if x.dim() > 2 and x.stride(1) == 1:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x.contiguous()
+
+
+def in_layout_of(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` itself where it already lies as the dense ``like`` does, else a copy that does."""
+    matches = _strides_channels_last(x) if is_channels_last(like) else x.is_contiguous()
+    return x if matches else torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
+def _strides_channels_last(x: Tensor) -> bool:
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    if x.dim() == 5:
+        return x.is_contiguous(memory_format=torch.channels_last_3d)
+    return x.movedim(1, -1).is_contiguous()
+
+
+def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """The booleans of a packed mask, in the shape of the activation ``like`` that ``forward`` made it for."""
+    g = geometry(dense(like))
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = (mask.view(-1, -(-g.inner // 8), 1) >> shifts & 1).flatten(1)[:, : g.inner].bool()
+    if g.channels_last:
+        batch, channels, *spatial = like.shape
+        return bits.view(batch, *spatial, channels).movedim(-1, 1)
+    return bits.view(like.shape)

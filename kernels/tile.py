@@ -1,0 +1,172 @@
+"""Device functions on one tile: where it lies, its ReLU bits, its norm, its statistics.
+
+A tile has an outer and an inner axis, the inner one contiguous in memory: (positions, channels) for a channels_last
+tensor, (channels, positions) for a contiguous one. ``CHANNELS_LAST`` says which; everything else is shared.
+"""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+# The interpreter truncates float32 to bfloat16 where a GPU rounds.
+_INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@triton.jit
+def by_channel(v, CHANNELS_LAST: tl.constexpr):
+    """A vector over channels, broadcastable over a tile."""
+    if CHANNELS_LAST:
+        return v[None, :]
+    else:
+        return v[:, None]
+
+
+@triton.jit
+def by_position(v, CHANNELS_LAST: tl.constexpr):
+    """A vector over positions, broadcastable over a tile."""
+    if CHANNELS_LAST:
+        return v[:, None]
+    else:
+        return v[None, :]
+
+
+@triton.jit
+def aligned(S, C, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
+    """(S, C), the inner one known to the compiler as a multiple of ALIGN, so that accesses widen."""
+    if CHANNELS_LAST:
+        return S, C // ALIGN * ALIGN
+    else:
+        return S // ALIGN * ALIGN, C
+
+
+@triton.jit
+def schedule(G, S, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(channel block, number within it, programs of it, tiles of it) of this program; neighbours share rows."""
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    program = tl.program_id(0) // channel_blocks
+    return tl.program_id(0) % channel_blocks, program, tl.num_programs(0) // channel_blocks, G * tl.cdiv(S, BLOCK_S)
+
+
+@triton.jit
+def positions_inside(tile, S, BLOCK_S: tl.constexpr):
+    """Which of a tile's positions exist."""
+    left = S - tl.cast(tile % tl.cdiv(S, BLOCK_S), tl.int64) * BLOCK_S
+    return tl.arange(0, BLOCK_S) < tl.minimum(left, BLOCK_S).to(tl.int32)
+
+
+@triton.jit
+def locate(tile, channel_block, S, C, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The 64-bit offset of a tile's first element, the 32-bit offsets of the others from it, which are inside."""
+    tiles_per_group = tl.cdiv(S, BLOCK_S)
+    group = tl.cast(tile // tiles_per_group, tl.int64)
+    s0 = tl.cast(tile % tiles_per_group, tl.int64) * BLOCK_S
+    c0 = tl.cast(channel_block, tl.int64) * BLOCK_C
+    s = tl.arange(0, BLOCK_S)
+    c = tl.arange(0, BLOCK_C)
+    c_inside = c < tl.minimum(C - c0, BLOCK_C).to(tl.int32)
+    inside = by_position(positions_inside(tile, S, BLOCK_S), CHANNELS_LAST) & by_channel(c_inside, CHANNELS_LAST)
+    if CHANNELS_LAST:
+        start = (group * S + s0) * C + c0
+        local = s[:, None] * C + c[None, :]
+    else:
+        start = (group * C + c0) * S + s0
+        local = c[:, None] * S + s[None, :]
+    return start, local, inside
+
+
+@triton.jit
+def locate_bits(tile, channel_block, S, C, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """As ``locate``, for the tile's bytes in a mask whose inner axis is packed by eight."""
+    if CHANNELS_LAST:
+        return locate(tile, channel_block, S, tl.cdiv(C, 8), CHANNELS_LAST, BLOCK_S, BLOCK_C // 8)
+    else:
+        return locate(tile, channel_block, tl.cdiv(S, 8), C, CHANNELS_LAST, BLOCK_S // 8, BLOCK_C)
+
+
+@triton.jit
+def pack_bits(flags):
+    """Eight neighbours of the inner axis in one byte, the first in the lowest bit."""
+    OUTER: tl.constexpr = flags.shape[0]
+    INNER: tl.constexpr = flags.shape[1]
+    bits = tl.reshape(flags.to(tl.int32), (OUTER, INNER // 8, 8)) << tl.arange(0, 8)[None, None, :]
+    return tl.sum(bits, axis=2).to(tl.uint8)
+
+
+@triton.jit
+def unpack_bits(packed):
+    """The inverse of ``pack_bits``."""
+    OUTER: tl.constexpr = packed.shape[0]
+    BYTES: tl.constexpr = packed.shape[1]
+    bits = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, (OUTER, BYTES * 8)) != 0
+
+
+@triton.jit
+def store(pointer, value, inside):
+    """Stores ``value`` rounded to nearest in the pointer's dtype."""
+    if _INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        value = tl.where(value == value, rounded, value.to(tl.float32))
+    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def channels_of(channel_block, C, BLOCK_C: tl.constexpr):
+    """The channels of a block, and which of them exist."""
+    c = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    return c, c < C
+
+
+@triton.jit
+def load_norm(
+    mean, rstd, weight, bias, c, c_inside,
+    EPS: tl.constexpr, FROZEN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(mean, rstd, weight·rstd, bias) of a block of channels, over a tile. FROZEN: ``rstd`` points at the variance."""
+    m = tl.load(mean + c, mask=c_inside, other=0).to(ACC)
+    r = tl.load(rstd + c, mask=c_inside, other=1).to(ACC)
+    if FROZEN:
+        r = 1 / tl.sqrt(r + EPS)
+    scale = r
+    if weight is not None:
+        scale = r * tl.load(weight + c, mask=c_inside, other=0).to(ACC)
+    shift = tl.zeros_like(m)
+    if bias is not None:
+        shift = tl.load(bias + c, mask=c_inside, other=0).to(ACC)
+    return (
+        by_channel(m, CHANNELS_LAST),
+        by_channel(r, CHANNELS_LAST),
+        by_channel(scale, CHANNELS_LAST),
+        by_channel(shift, CHANNELS_LAST),
+    )
+
+
+@triton.jit
+def affine(centred, scale, shift):
+    """weight·x̂ + bias. One fused multiply-add everywhere, so that a recomputed sign is the forward's own."""
+    return tl.fma(centred, scale + tl.zeros_like(centred), shift + tl.zeros_like(centred))
+
+
+@triton.jit
+def welford(value, inside, count_reciprocal, mean, m2):
+    """Each lane's running (mean, M2) with one more value in the lanes that are inside."""
+    delta = tl.where(inside, value - mean, 0)
+    mean += delta * count_reciprocal
+    m2 += delta * tl.where(inside, value - mean, 0)
+    return mean, m2
+
+
+@triton.jit
+def merge_lanes(count, mean, m2, CHANNELS_LAST: tl.constexpr):
+    """(count, mean, M2) of each channel from the lanes of a tile; ``count`` is by position.
+
+    The mean is corrected by the mean of the deviations from it, which keeps it exact to rounding where mean >> std.
+    """
+    AXIS: tl.constexpr = 0 if CHANNELS_LAST else 1
+    total = tl.sum(count)
+    share = by_position(count, CHANNELS_LAST)
+    centre = tl.sum(mean * share, axis=AXIS) / total
+    centre += tl.sum((mean - by_channel(centre, CHANNELS_LAST)) * share, axis=AXIS) / total
+    deviation = mean - by_channel(centre, CHANNELS_LAST)
+    return total, centre, tl.sum(m2 + deviation * deviation * share, axis=AXIS)

@@ -1,0 +1,47 @@
+"""Fused BatchNorm + residual addition + ReLU for training residual networks: each activation moved once.
+
+Replace the blocks of a network by those of this package, or their norms by its norms, or call ``resfused.functional``.
+"""
+
+from pathlib import Path as _Path
+
+# In a source checkout the kernels lie beside this package, not in it.
+if not (_Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(_Path(__file__).parent.parent))
+
+from . import functional, reference
+from .backend import backend_for, get_backend, set_backend, use_backend
+from .blocks import BottleneckResidualBlock, LinearResidualBlock, ProjectionResidualBlock, ResidualBlock
+from .function import FusedResidualBlock
+from .norms import (
+    BatchNormAddReLU1d,
+    BatchNormAddReLU2d,
+    BatchNormAddReLU3d,
+    BatchNormReLU1d,
+    BatchNormReLU2d,
+    BatchNormReLU3d,
+    tail,
+)
+from .version import __version__
+
+__all__ = [
+    "BatchNormAddReLU1d",
+    "BatchNormAddReLU2d",
+    "BatchNormAddReLU3d",
+    "BatchNormReLU1d",
+    "BatchNormReLU2d",
+    "BatchNormReLU3d",
+    "BottleneckResidualBlock",
+    "FusedResidualBlock",
+    "LinearResidualBlock",
+    "ProjectionResidualBlock",
+    "ResidualBlock",
+    "__version__",
+    "backend_for",
+    "functional",
+    "get_backend",
+    "reference",
+    "set_backend",
+    "tail",
+    "use_backend",
+]

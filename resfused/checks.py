@@ -1,0 +1,79 @@
+"""What a call to the functional interface must satisfy, checked before anything is changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backend import FLOATS
+
+
+def check_activation(input: Tensor) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor, but got {type(input).__name__}")
+    if input.dim() < 2:
+        raise IndexError(f"input must have at least 2 dimensions (N, C, ...), but got shape {tuple(input.shape)}")
+    if input.dtype not in FLOATS:
+        raise NotImplementedError(f"input must be of a floating dtype, but got {input.dtype}")
+
+
+def check_residual(residual: Tensor, input: Tensor) -> None:
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"residual must be a Tensor, but got {type(residual).__name__}")
+    if residual.shape != input.shape:
+        raise RuntimeError(
+            f"residual must have the shape of input, {tuple(input.shape)}, but got {tuple(residual.shape)}; "
+            "expand it first if it should be broadcast"
+        )
+    if residual.dtype not in FLOATS:
+        raise NotImplementedError(f"residual must be of a floating dtype, but got {residual.dtype}")
+    if residual.device != input.device:
+        raise RuntimeError(f"residual must be on the device of input, {input.device}, but got {residual.device}")
+
+
+def check_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    prefix: str = "",
+) -> None:
+    """``prefix`` goes before the arguments' names in messages."""
+    if not training:
+        for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+            if tensor is None:
+                raise RuntimeError(f"{prefix}{name} must be given in evaluation mode (training=False), but got None")
+    elif (running_mean is None) != (running_var is None):
+        raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given together or not at all")
+    if training and eps <= 0:
+        raise ValueError(f"{prefix}eps must be positive in training, but got {eps}")
+    if eps < 0:
+        raise ValueError(f"{prefix}eps must not be negative, but got {eps}")
+    channels = input.shape[1]
+    if training and input.numel() == channels > 0:
+        raise ValueError(
+            f"input must have more than one value per channel in training, but got shape {tuple(input.shape)}"
+        )
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    for name, tensor in (
+        ("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)
+    ):  # fmt: skip
+        if tensor is None:
+            continue
+        if tensor.numel() != channels:
+            raise RuntimeError(
+                f"{prefix}{name} must have {channels} elements, one per channel, but got shape {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != input.dtype and not (half and tensor.dtype == torch.float32):
+            allowed = f"{input.dtype} or torch.float32" if half else str(input.dtype)
+            raise RuntimeError(f"{prefix}{name} must have dtype {allowed} for this input, but got {tensor.dtype}")
+        if tensor.device != input.device:
+            raise RuntimeError(
+                f"{prefix}{name} must be on the device of input, {input.device}, but got {tensor.device}"
+            )
+    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(f"{prefix}{name} must not require a gradient: it is a statistic, and gets none")

@@ -1,0 +1,43 @@
+"""Packaging. ``kernels/`` is installed as ``resfused.kernels``, never as a top-level ``kernels``."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+root = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (root / "resfused" / "version.py").read_text())
+if version is None:
+    raise RuntimeError("resfused/version.py must define __version__")
+
+bench = ["rich>=13", "matplotlib>=3.8"]
+test = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "expecttest>=0.2", *bench]
+
+setup(
+    name="resfused",
+    version=version.group(1),
+    description="Fused BatchNorm + residual addition + ReLU in Triton, for training residual networks",
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=["resfused", "resfused.kernels"],
+    package_dir={"resfused": "resfused", "resfused.kernels": "kernels"},
+    package_data={"resfused": ["py.typed"]},
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        "torch>=2.8",
+        # Triton has wheels for Linux only; elsewhere plain PyTorch operators run.
+        "triton>=3.4; platform_system == 'Linux'",
+    ],
+    extras_require={
+        "test": test,
+        "bench": bench,
+        "dev": [*test, "ruff>=0.12", "mypy>=1.15", "pre-commit>=4"],
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
