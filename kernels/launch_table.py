@@ -40,12 +40,12 @@ class MergeLaunch(NamedTuple):
 # (kernel, channels_last) -> entries by the largest number of elements they serve; the last serves the rest.
 # A tile of 8 elements a thread keeps the bit mask free of layout conversions.
 STREAMING: dict[tuple[str, bool], tuple[tuple[int | None, Entry], ...]] = {
-    ("statistics", True): ((2**22, Entry(1024, 64, 512, 4)), (None, Entry(2048, 64, 1024, 4))),
-    ("statistics", False): ((2**22, Entry(1024, 64, 512, 4)), (None, Entry(2048, 64, 1024, 4))),
+    ("statistics", True): ((2**23, Entry(1024, 64, 512, 4)), (None, Entry(2048, 64, 1024, 4))),
+    ("statistics", False): ((2**23, Entry(1024, 64, 512, 4)), (None, Entry(2048, 64, 1024, 4))),
     ("normalise", True): ((None, Entry(1024, 64, 8192, 4)),),
     ("normalise", False): ((None, Entry(1024, 64, 8192, 4)),),
-    ("reduce", True): ((2**22, Entry(1024, 64, 512, 4)), (None, Entry(1024, 64, 1024, 4))),
-    ("reduce", False): ((2**22, Entry(1024, 64, 512, 4)), (None, Entry(1024, 64, 1024, 4))),
+    ("reduce", True): ((2**23, Entry(1024, 64, 512, 4)), (None, Entry(1024, 64, 1024, 4))),
+    ("reduce", False): ((2**23, Entry(1024, 64, 512, 4)), (None, Entry(1024, 64, 1024, 4))),
     ("apply", True): ((None, Entry(1024, 64, 8192, 4)),),
     ("apply", False): ((None, Entry(1024, 64, 8192, 4)),),
 }

@@ -11,7 +11,8 @@ from .backend import FLOATS
 def check_activation(input: Tensor) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, but got {type(input).__name__}")
-    if input.dim() < 2:
+    # PyTorch lets an empty vector through, as a batch of no channels.
+    if input.dim() < 2 and input.shape != (0,):
         raise IndexError(f"input must have at least 2 dimensions (N, C, ...), but got shape {tuple(input.shape)}")
     if input.dtype not in FLOATS:
         raise NotImplementedError(f"input must be of a floating dtype, but got {input.dtype}")
@@ -52,7 +53,7 @@ def check_norm(
         raise ValueError(f"{prefix}eps must be positive in training, but got {eps}")
     if eps < 0:
         raise ValueError(f"{prefix}eps must not be negative, but got {eps}")
-    channels = input.shape[1]
+    channels = input.shape[1] if input.dim() > 1 else 0
     if training and input.numel() == channels > 0:
         raise ValueError(
             f"input must have more than one value per channel in training, but got shape {tuple(input.shape)}"

@@ -1,0 +1,49 @@
+"""Picks the device before the first import: a GPU where there is one, else the CPU with Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def small_launches(monkeypatch):
+    """Tiles and grids so small that every loop turns, every tail is ragged and every merge has parts."""
+    from resfused.kernels import launch_table
+
+    entry = launch_table.Entry(elements=64, channels=16, programs=12, warps=1)
+    monkeypatch.setattr(launch_table, "STREAMING", dict.fromkeys(launch_table.STREAMING, ((None, entry),)))
+    monkeypatch.setattr(launch_table, "MERGE", (2, 4))
+    for cached in (launch_table.streaming, launch_table.merge):
+        cached.cache_clear()
+    yield
+    for cached in (launch_table.streaming, launch_table.merge):
+        cached.cache_clear()
+
+
+def pytest_collection_modifyitems(items):
+    on_gpu = torch.cuda.is_available()
+    for item in items:
+        if not on_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none"))
+        if on_gpu and item.get_closest_marker("interpreter"):
+            item.add_marker(pytest.mark.skip(reason="about the interpreter, and here a GPU runs the kernels"))

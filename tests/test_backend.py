@@ -1,0 +1,78 @@
+"""Which path a tensor takes, by the function, by the environment, and without Triton."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import FORMS, assert_close, problem, run
+
+import resfused
+from resfused import functional, reference
+
+
+def python(code, **environment):
+    """The code's output in a fresh process, from a folder that is not the repository."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RESFUSED_BACKEND")} | environment
+    env["PYTHONPATH"] = str(Path(resfused.__file__).parent.parent)
+    return subprocess.run([sys.executable, "-c", code], env=env, cwd="/", capture_output=True, text=True)
+
+
+def test_automatic_choice(device):
+    assert resfused.get_backend() == "auto"
+    assert resfused.backend_for(torch.ones(2, 3, device=device)) == "triton"
+    assert resfused.backend_for(torch.ones(2, 3, device="meta")) == "torch"
+    assert resfused.backend_for(torch.ones(0, 3, device=device)) == "torch"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forcing_pytorch_gives_the_reference(form, device):
+    p = problem(form, (4, 5, 3, 3), torch.float64, device)
+    with resfused.use_backend("torch"):
+        assert resfused.backend_for(p.tensors["input"]) == "torch"
+        assert_close(run(functional, p), run(reference, p), 0.0)
+    assert resfused.get_backend() == "auto"
+
+
+def test_forcing_the_kernels(device):
+    with resfused.use_backend("triton"):
+        assert resfused.backend_for(torch.ones(2, 3, device=device)) == "triton"
+        with pytest.raises(RuntimeError, match="'triton' was forced, but input is on meta"):
+            resfused.backend_for(torch.ones(2, 3, device="meta"))
+        assert functional.batch_norm_relu(torch.ones(0, 3, device=device), None, None, training=True).shape == (0, 3)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, but got 'cuda'"):
+        resfused.set_backend("cuda")
+    assert "RESFUSED_BACKEND must be one of" in python("import resfused", RESFUSED_BACKEND="fast").stderr
+
+
+def test_plain_cpu_takes_pytorch():
+    code = "import torch, resfused; print(resfused.backend_for(torch.ones(2, 3)))"
+    assert python(code).stdout.strip() == "torch"
+    assert python(code, TRITON_INTERPRET="1").stdout.strip() == "triton"
+    assert python(code, TRITON_INTERPRET="1", RESFUSED_BACKEND="torch").stdout.strip() == "torch"
+    forced = python(code, RESFUSED_BACKEND="triton")
+    assert "input is on cpu, and needs a CUDA or ROCm device, or the CPU with TRITON_INTERPRET=1" in forced.stderr
+
+
+def test_without_triton():
+    hide = "import sys; sys.modules['triton'] = None; import torch, resfused;"
+    train = (
+        "b = resfused.ResidualBlock(4); b(torch.randn(2, 4, 5, 5)).sum().backward(); print(b.conv1.weight.grad.shape)"
+    )
+    assert python(hide + train).stdout.strip() == "torch.Size([4, 4, 3, 3])"
+    forced = python(hide, RESFUSED_BACKEND="triton")
+    assert "needs the triton package, and it is not installed" in forced.stderr
+
+
+def test_no_top_level_kernels_package():
+    code = "import importlib.util, resfused.kernels as k; print(importlib.util.find_spec('kernels'), k.__name__)"
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    installed = subprocess.run([sys.executable, "-c", code], env=env, cwd="/", capture_output=True, text=True)
+    if installed.returncode:
+        pytest.skip("resfused is not installed in this environment")
+    assert installed.stdout.split() == ["None", "resfused.kernels"]

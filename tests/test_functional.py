@@ -1,0 +1,196 @@
+"""The three forms against PyTorch in float64: values, gradients, running statistics."""
+
+from dataclasses import replace
+from itertools import chain, combinations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import FORMS, LAYOUTS, PARAMETERS, TOLERANCE, assert_close, in_layout, problem, run
+
+import resfused.functional as fused
+from resfused import backend_for, reference
+
+
+def check(p):
+    """Ours in the problem's dtype against the reference in float64, kernels and not the fallback."""
+    assert backend_for(p.tensors["input"]) == "triton"
+    dtype = torch.promote_types(p.tensors["input"].dtype, p.dy.dtype)
+    actual = run(fused, p)
+    assert_close(actual, run(reference, p, torch.float64), TOLERANCE[dtype])
+    return actual
+
+
+SHAPES = [
+    (2, 1), (33, 3), (5, 130), (3, 4, 5), (2, 1, 6, 3), (4, 3, 7, 7), (2, 130, 3, 5), (2, 64, 4, 4), (2, 24, 4, 2),
+    (7, 16, 1, 1), (1, 5, 2, 1), (2, 3, 2, 3, 5), (2, 9, 2, 2, 2, 2), (1, 8, 40, 50), (300, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values(form, shape, layout, training, device):
+    for dtype in (torch.float64, torch.float32):
+        check(problem(form, shape, dtype, device, training=training, layout=layout))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 37, 5, 5), (2, 16, 8, 8), (3, 3, 9, 31)], ids=str)
+def test_values_when_every_loop_turns(form, shape, layout, training, device, small_launches):
+    for dtype in (torch.float64, torch.float32):
+        check(problem(form, shape, dtype, device, training=training, layout=layout))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_values_of_any_shape(data, device, small_launches):
+    shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=5), label="shape"))
+    training = data.draw(st.booleans(), label="training")
+    if training and torch.Size(shape).numel() == shape[1]:
+        shape = (2 * shape[0], *shape[1:])
+    torch.manual_seed(data.draw(st.integers(0, 99), label="seed"))
+    form = data.draw(st.sampled_from(FORMS), label="form")
+    layout = data.draw(st.sampled_from(LAYOUTS), label="layout")
+    check(problem(form, shape, torch.float64, device, training=training, layout=layout))
+
+
+def test_values_of_many_elements(device):
+    check(problem("norm+add+relu", (6, 65, 56, 56), torch.float32, device, layout="channels_last"))
+    check(problem("norm+add(norm)+relu", (3, 5, 112, 112), torch.float32, device))
+
+
+STRIDES = {
+    "channels sliced": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "batch strided": lambda x: torch.stack([x, x], 1).flatten(0, 1)[::2],
+    "columns sliced": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "spatial transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "batch and channels transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "channels_last columns sliced": lambda x: in_layout(torch.cat([x, x], -1), "channels_last")[..., : x.shape[-1]],
+    "misaligned": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
+    "expanded": lambda x: x[:1].expand_as(x),
+    "channels_last": lambda x: in_layout(x, "channels_last"),
+    "contiguous": lambda x: x.contiguous(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("which", ["input", "residual", "dy"])
+def test_strides(form, layout, strides, which, device):
+    if which == "residual" and form == "norm+relu":
+        pytest.skip("this form has no residual")
+    p = problem(form, (4, 6, 5, 4), torch.float64, device, layout=layout)
+    if which == "dy":
+        check(replace(p, dy=STRIDES[strides](p.dy)))
+    else:
+        check(p.with_(**{which: STRIDES[strides](p.tensors[which])}))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_output_and_gradients_keep_the_layout(layout, device):
+    p = problem("norm+add(norm)+relu", (2, 8, 3, 5), torch.float32, device, layout=layout)
+    results = run(fused, p)
+    for name in ("output", "gradient of input", "gradient of residual"):
+        assert results[name].stride() == p.tensors["input"].stride()
+
+
+def test_vectors_need_not_be_contiguous(device):
+    p = problem("norm+add(norm)+relu", (4, 6, 3, 3), torch.float64, device)
+    for name in (*PARAMETERS, "running_mean", "residual_running_var"):
+        p = p.with_(**{name: torch.stack([p.tensors[name]] * 2, 1)[:, 0]})
+    check(p)
+    expected = run(reference, p, torch.float64)["running_mean"]
+    wide = torch.stack([p.tensors["running_mean"]] * 2, 1)
+    fused.batch_norm_relu(p.tensors["input"], wide[:, 0], wide[:, 1].clone(), training=True, momentum=0.3)
+    torch.testing.assert_close(wide[:, 0], expected)
+    assert torch.equal(wide[:, 1], p.tensors["running_mean"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize(
+    "absent", [("weight",), ("bias",), ("weight", "bias"), ("residual_weight",), ("residual_bias", "weight")], ids=str
+)
+def test_absent_parameters(form, training, absent, device):
+    p = problem(form, (4, 5, 3, 3), torch.float64, device, training=training)
+    check(p.with_(**{name: None for name in absent if name in p.tensors}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_absent_running_statistics(form, device):
+    p = problem(form, (4, 5, 3, 3), torch.float64, device)
+    check(p.with_(**{name: None for name in p.tensors if "running" in name}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+def test_any_subset_of_gradients(form, training, device):
+    p = problem(form, (3, 5, 2, 3), torch.float64, device, training=training)
+    names = [n for n in ("input", "residual", *PARAMETERS) if n in p.tensors]
+    for subset in chain.from_iterable(combinations(names, size) for size in range(len(names) + 1)):
+        check(replace(p, wanted=subset))
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize(
+    ("input_dtype", "residual_dtype"),
+    [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float16, torch.float32),
+     (torch.float32, torch.float16), (torch.bfloat16, torch.float16)],
+    ids=str,
+)  # fmt: skip
+def test_two_dtypes_promote_as_in_eager(form, input_dtype, residual_dtype, device):
+    p = problem(form, (4, 8, 3, 3), input_dtype, device)
+    residual = p.tensors["residual"].to(residual_dtype)
+    vectors = {n: t.to(residual_dtype) for n, t in p.tensors.items() if n.startswith("residual_")}
+    if residual_dtype in (torch.float16, torch.bfloat16):
+        vectors = {n: t.float() for n, t in vectors.items()}
+    promoted = torch.promote_types(input_dtype, residual_dtype)
+    p = replace(p.with_(residual=residual, **vectors), dy=p.dy.to(promoted))
+    ours, eager, exact = run(fused, p), run(reference, p), run(reference, p, torch.float64)
+    assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in eager.items()}
+    coarse = torch.float16 in (input_dtype, residual_dtype)
+    assert_close(ours, exact, 1e-2 if torch.bfloat16 in (input_dtype, residual_dtype) else 1e-3 if coarse else 1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+def test_one_input_for_two_arguments(training, device):
+    """x as its own residual: both gradients reach it."""
+    p = problem("norm+add+relu", (4, 5, 3, 3), torch.float64, device, training=training)
+
+    def gradient(implementation):
+        x = p.tensors["input"].clone().requires_grad_()
+        stats = p.tensors["running_mean"].clone(), p.tensors["running_var"].clone()
+        implementation.batch_norm_add_relu(x, x, *stats, training=training).backward(p.dy)
+        return {"x": x.grad}
+
+    assert_close(gradient(fused), gradient(reference), 1e-12)
+
+
+def test_shared_running_statistics_are_updated_twice(device):
+    p = problem("norm+add(norm)+relu", (4, 5, 3, 3), torch.float64, device)
+
+    def updated(implementation):
+        mean, var = p.tensors["running_mean"].clone(), p.tensors["running_var"].clone()
+        implementation.batch_norm_add_batch_norm_relu(
+            p.tensors["input"], p.tensors["residual"], mean, var, mean, var, training=True
+        )
+        return {"mean": mean, "var": var}
+
+    assert_close(updated(fused), updated(reference), 1e-12)
+
+
+def test_running_statistics_change_between_forward_and_backward_is_an_error(device):
+    """The backward of a frozen norm needs the statistics that its forward used."""
+    p = problem("norm+relu", (4, 5, 3, 3), torch.float32, device)
+    x = p.tensors["input"].requires_grad_()
+    stats = p.tensors["running_mean"], p.tensors["running_var"]
+    y = fused.batch_norm_relu(x, *stats, training=False)
+    fused.batch_norm_relu(x.detach(), *stats, training=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
