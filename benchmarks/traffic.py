@@ -1,7 +1,8 @@
 """Memory traffic of every kernel launch, counted on the CPU in Triton's interpreter; no GPU is needed.
 
 One *pass* is reading or writing one activation tensor once, in its own dtype. Of each launch the unique bytes are
-counted: what a GPU must move if everything that a launch touches twice is found in its caches the second time.
+counted: what a GPU must move if everything that a launch touches twice is found in its caches the second time. What
+PyTorch moves between the launches is not counted; in these layouts there is nothing.
 """
 
 from __future__ import annotations
@@ -294,14 +295,16 @@ def _launch_table(traffic: list[NodeTraffic]) -> Table:
         table.add_column(header)
     for header in ("read", "written", "per-channel read", "per-channel written"):
         table.add_column(header, justify="right")
-    first = {(t.layout, t.form): t for t in reversed(traffic)}
-    for (layout, form), t in reversed(first.items()):
+    first: dict[tuple[str, str], NodeTraffic] = {}
+    for t in traffic:
+        first.setdefault((t.layout, t.form), t)
+    for t in first.values():
         for phase in PHASES:
             for launch in t.launches[phase]:
                 numbers = (
                     launch.activation_read, launch.activation_written, launch.channel_read, launch.channel_written
                 )  # fmt: skip
-                table.add_row(layout, form, phase, launch.kernel, *(f"{n:.4f}" for n in numbers))
+                table.add_row(t.layout, t.form, phase, launch.kernel, *(f"{n:.4f}" for n in numbers))
         table.add_section()
     return table
 
@@ -318,7 +321,7 @@ def _total_table(totals: list[Total], dtype: str, bandwidth: float) -> Table:
     )
     for header in ("network", "layout", "mode"):
         table.add_column(header)
-    for header in ("ours", "per-channel", "eager", "eager / ours", "ours GB", "eager GB", "ours ms", "eager ms"):
+    for header in ("ours", "+ per-channel", "eager", "eager / ours", "ours GB", "eager GB", "ours ms", "eager ms"):
         table.add_column(header, justify="right")
     for total in totals:
         ours, eager = _gigabytes(total, DTYPES[dtype].itemsize)

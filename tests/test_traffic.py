@@ -129,6 +129,18 @@ def test_passes_of_our_launches(form: str, forward: float, backward: float, eval
 
 
 @pytest.mark.parametrize("layout", traffic.LAYOUTS)
+@pytest.mark.parametrize("form", nodes.FORMS)
+def test_nothing_but_launches_moves_an_activation(form: str, layout: str) -> None:
+    shape = (2, 24, 8, 12)
+    activations = traffic._activations(layout, HALF, shape, True, 3)
+    with recorder.record(execute=False), torch.profiler.profile(record_shapes=True) as profile:
+        y, inputs = traffic._forward(traffic.functional, form, True, activations[:2])
+        torch.autograd.grad(y, inputs, activations[2])
+    operators = {e.name for e in profile.events() or () if list(shape) in e.input_shapes and e.name.startswith("aten")}
+    assert operators <= {"aten::empty_like", "aten::new_empty", "aten::detach"}
+
+
+@pytest.mark.parametrize("layout", traffic.LAYOUTS)
 def test_traffic_from_a_reduced_shape_is_that_of_the_shape(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (3, 16, 10, 14)
     whole = [traffic.count_node(nodes.NORM_ADD_RELU, phase, layout, HALF, shape) for phase in traffic.PHASES]
