@@ -1,0 +1,386 @@
+"""Memory traffic of every kernel launch, counted on the CPU in Triton's interpreter; no GPU is needed.
+
+One *pass* is reading or writing one activation tensor once, in its own dtype. Of each launch the unique bytes are
+counted: what a GPU must move if everything that a launch touches twice is found in its caches the second time. What
+PyTorch moves between the launches is not counted; in these layouts there is nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from nodes import FORMS, NORM_ADD_RELU, NORM_RELU, Network, Node, resnet18, resnet50
+from recorder import Launch, record, require_interpreter
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from resfused import functional, reference
+
+NETWORKS: dict[str, Callable[[], Network]] = {"resnet18": resnet18, "resnet50": resnet50}
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+FORWARD, BACKWARD, EVAL = PHASES = ("forward", "backward", "eval")
+BATCH = 256
+# The interpreter needs about a second for a node of this many elements.
+COUNTED_ELEMENTS = 2**14
+# Autograd adds the two gradients of a forked activation in a kernel of its own: two reads, one write.
+FORK_PASSES = 3
+MODES = {"training step": (FORWARD, BACKWARD), "inference": (EVAL,)}
+
+Shape = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class LaunchTraffic:
+    """What one launch reads and writes, in passes: of activations and bit masks, and of everything per channel."""
+
+    kernel: str
+    activation_read: float
+    activation_written: float
+    channel_read: float
+    channel_written: float
+
+    @property
+    def activation(self) -> float:
+        return self.activation_read + self.activation_written
+
+    @property
+    def channel(self) -> float:
+        return self.channel_read + self.channel_written
+
+
+def count_node(form: str, phase: str, layout: str, dtype: torch.dtype, shape: Shape) -> list[LaunchTraffic]:
+    """The traffic of every launch of one node on activations of ``shape``; everything requires a gradient.
+
+    Bytes are counted at ``reduced(shape)``. An argument's share of bytes read and written there, times its size in the
+    launches that the library makes for ``shape`` itself, is its traffic at ``shape``: so partial results, whose number
+    follows the real launch's grid, have their real size. Those launches are looked at and not executed.
+
+    An argument is an activation if it has as many elements as one, or is a bit mask (uint8); others are per channel.
+    Parameters and running statistics are float32, or float64 for float64.
+    """
+    counted = _launches(form, phase, layout, dtype, reduced(shape, layout), execute=True)
+    real = _launches(form, phase, layout, dtype, shape, execute=False)
+    if [launch.kernel for launch in counted] != [launch.kernel for launch in real]:
+        raise RuntimeError(f"the launches of {form} at {shape} are not those at {reduced(shape, layout)}")
+    return [_scaled(c, r, prod(shape), dtype.itemsize) for c, r in zip(counted, real, strict=True)]
+
+
+def _scaled(counted: Launch, real: Launch, numel: int, itemsize: int) -> LaunchTraffic:
+    """The passes of the ``real`` launch, over activations of ``numel`` elements, by the shares of the ``counted``."""
+    passes = dict.fromkeys(("activation_read", "activation_written", "channel_read", "channel_written"), 0.0)
+    for c, r in zip(counted.arguments, real.arguments, strict=True):
+        part = "activation" if r.numel == numel or r.dtype is torch.uint8 else "channel"
+        size = r.nbytes / (numel * itemsize)
+        passes[f"{part}_read"] += c.read / c.nbytes * size
+        passes[f"{part}_written"] += c.written / c.nbytes * size
+    return LaunchTraffic(real.kernel, **passes)
+
+
+def reduced(shape: Shape, layout: str) -> Shape:
+    """``shape``, or where it has more than ``COUNTED_ELEMENTS`` one that is cut along all but the inner axis.
+
+    The inner axis (channels, or a plane's positions) decides the padding of the bit mask and so keeps its extent.
+    """
+    _, channels, height, width = shape
+    if prod(shape) <= COUNTED_ELEMENTS:
+        return shape
+    if layout == "channels_last":
+        return 1, channels, 1, max(2, COUNTED_ELEMENTS // channels)
+    return 1, min(channels, max(1, COUNTED_ELEMENTS // (height * width))), height, width
+
+
+def _launches(form: str, phase: str, layout: str, dtype: torch.dtype, shape: Shape, execute: bool) -> list[Launch]:
+    if phase == EVAL:
+        return _run_node(form, False, layout, dtype, shape, execute)[0]
+    return _run_node(form, True, layout, dtype, shape, execute)[phase == BACKWARD]
+
+
+@cache
+def _run_node(
+    form: str, training: bool, layout: str, dtype: torch.dtype, shape: Shape, execute: bool
+) -> tuple[list[Launch], list[Launch]]:
+    """The launches of a node's forward and, with ``training``, of its backward."""
+    with record(execute) as launches:
+        y, inputs = _forward(functional, form, training, _activations(layout, dtype, shape, execute, 2))
+        forward = launches.copy()
+        launches.clear()
+        if training:
+            (dy,) = _activations(layout, dtype, shape, execute, 1)
+            torch.autograd.grad(y, inputs, dy)
+    return forward, launches
+
+
+def _activations(layout: str, dtype: torch.dtype, shape: Shape, filled: bool, count: int) -> list[Tensor]:
+    """Random where ``filled``; else of memory that is never touched, however large it is."""
+    tensors = [torch.empty(shape, dtype=dtype, memory_format=LAYOUTS[layout]) for _ in range(count)]
+    return [t.normal_() if filled else t for t in tensors]
+
+
+def _forward(library: Any, form: str, training: bool, activations: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """A node's output and what it may be differentiated by; ``library`` is the fused functions or their composites."""
+    x, residual = activations
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    running = [torch.ones(x.shape[1], dtype=dtype) for _ in range(4)]
+    parameters = [torch.ones(x.shape[1], dtype=dtype, requires_grad=training) for _ in range(4)]
+    for activation in activations:
+        activation.requires_grad_(training)
+    if form == NORM_RELU:
+        y = library.batch_norm_relu(x, *running[:2], *parameters[:2], training)
+        return y, [x, *parameters[:2]]
+    if form == NORM_ADD_RELU:
+        y = library.batch_norm_add_relu(x, residual, *running[:2], *parameters[:2], training)
+        return y, [x, residual, *parameters[:2]]
+    y = library.batch_norm_add_batch_norm_relu(x, residual, *running, *parameters, training)
+    return y, [x, residual, *parameters]
+
+
+class _EagerTraffic(TorchDispatchMode):
+    """Sums the elements of activations that eager operators read and write; see ``eager_passes``."""
+
+    # Where each BatchNorm operator is told that it takes the batch's statistics.
+    TRAINING: ClassVar[dict[Any, int]] = {
+        torch.ops.aten.native_batch_norm.default: 5,
+        torch.ops.aten.native_batch_norm_backward.default: 7,
+    }
+
+    def __init__(self, numel: int):
+        super().__init__()
+        self._numel = numel
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            training = func in self.TRAINING and args[self.TRAINING[func]]
+            self.elements += (2 if training else 1) * self._activations(args)
+            self.elements += self._activations(result if isinstance(result, tuple) else (result,))
+        return result
+
+    def _activations(self, values: Any) -> int:
+        return sum(t.numel() for t in values if isinstance(t, Tensor) and t.numel() == self._numel)
+
+
+@cache
+def eager_passes(form: str, phase: str) -> float:
+    """Passes of eager PyTorch, by a model of each operator and not by looking into its kernel.
+
+    Every operator reads its inputs once and writes its output once, a view is free, and BatchNorm with batch statistics
+    reads its inputs twice: for the statistics and for the result. So native_batch_norm 3 passes, 2 in eval mode;
+    native_batch_norm_backward 5; add 3; relu 2; threshold_backward 3. Vectors over channels do not count.
+    """
+    shape: Shape = (2, 8, 4, 4)
+    traffic = _EagerTraffic(prod(shape))
+    activations = _activations("contiguous", torch.float32, shape, True, 2)
+    if phase == BACKWARD:
+        y, inputs = _forward(reference, form, True, activations)
+        dy = torch.ones_like(y)
+        with traffic:
+            torch.autograd.grad(y, inputs, dy)
+    else:
+        with traffic:
+            _forward(reference, form, phase == FORWARD, activations)
+    return traffic.elements / prod(shape)
+
+
+@dataclass(frozen=True)
+class NodeTraffic:
+    """One node in one layout: our launches and eager's passes, by phase."""
+
+    form: str
+    layout: str
+    shape: Shape
+    launches: dict[str, list[LaunchTraffic]]
+    eager: dict[str, float]
+
+    def activation(self, phase: str) -> float:
+        return sum(launch.activation for launch in self.launches[phase])
+
+    def channel(self, phase: str) -> float:
+        return sum(launch.channel for launch in self.launches[phase])
+
+
+@cache
+def node_traffic(form: str, layout: str, dtype: torch.dtype, shape: Shape) -> NodeTraffic:
+    launches = {phase: count_node(form, phase, layout, dtype, shape) for phase in PHASES}
+    return NodeTraffic(form, layout, shape, launches, {phase: eager_passes(form, phase) for phase in PHASES})
+
+
+def _at_batch(node: Node, layout: str, dtype: torch.dtype) -> NodeTraffic:
+    return node_traffic(node.form, layout, dtype, (BATCH, node.channels, node.height, node.width))
+
+
+@dataclass(frozen=True)
+class Total:
+    """Passes of a whole network's nodes, per normalised element: an element of the input of one of its norms.
+
+    ``elements`` is their number, at batch ``BATCH``.
+    """
+
+    network: str
+    layout: str
+    mode: str
+    activation: float
+    channel: float
+    eager: float
+    elements: int
+
+    @property
+    def ours(self) -> float:
+        return self.activation + self.channel
+
+    @property
+    def ratio(self) -> float:
+        return self.eager / self.ours
+
+
+def network_total(name: str, layout: str, dtype: torch.dtype, mode: str) -> Total:
+    """A training step (forward, backward and the addition of gradients at forks) or an inference.
+
+    Convolutions, pooling and the optimiser are not counted; of eager, nothing per channel.
+    """
+    network = NETWORKS[name]()
+    elements = sum(node.count * node.norms * node.elements for node in network.nodes)
+    forked = 0.0
+    if BACKWARD in MODES[mode]:
+        forked = FORK_PASSES * sum(fork.count * fork.elements for fork in network.forks) / elements
+
+    def per_element(passes: Callable[[NodeTraffic, str], float]) -> float:
+        weighted = (
+            node.count * node.elements * passes(_at_batch(node, layout, dtype), phase)
+            for node in network.nodes
+            for phase in MODES[mode]
+        )
+        return sum(weighted) / elements
+
+    return Total(
+        name,
+        layout,
+        mode,
+        activation=per_element(NodeTraffic.activation) + forked,
+        channel=per_element(NodeTraffic.channel),
+        eager=per_element(lambda t, phase: t.eager[phase]) + forked,
+        elements=BATCH * elements,
+    )
+
+
+def _node_table(traffic: list[NodeTraffic], dtype: str) -> Table:
+    table = Table(title=f"Passes over memory of one node, {dtype}, batch {BATCH}: ours + per-channel part (eager)")
+    for header in ("layout", "form", "C", "HxW"):
+        table.add_column(header)
+    for phase in PHASES:
+        table.add_column(phase, justify="right")
+    for t in traffic:
+        phases = [f"{t.activation(p):.4f} + {t.channel(p):.4f} ({t.eager[p]:.0f})" for p in PHASES]
+        _, channels, height, width = t.shape
+        table.add_row(t.layout, t.form, str(channels), f"{height}x{width}", *phases)
+    return table
+
+
+def _launch_table(traffic: list[NodeTraffic]) -> Table:
+    """The launches of the first node of each form and layout."""
+    table = Table(title="Passes of each launch, the first node of each form above")
+    for header in ("layout", "form", "phase", "kernel"):
+        table.add_column(header)
+    for header in ("read", "written", "per-channel read", "per-channel written"):
+        table.add_column(header, justify="right")
+    first: dict[tuple[str, str], NodeTraffic] = {}
+    for t in traffic:
+        first.setdefault((t.layout, t.form), t)
+    for t in first.values():
+        for phase in PHASES:
+            for launch in t.launches[phase]:
+                numbers = (
+                    launch.activation_read, launch.activation_written, launch.channel_read, launch.channel_written
+                )  # fmt: skip
+                table.add_row(t.layout, t.form, phase, launch.kernel, *(f"{n:.4f}" for n in numbers))
+        table.add_section()
+    return table
+
+
+def _gigabytes(total: Total, itemsize: int) -> tuple[float, float]:
+    """(ours, eager)"""
+    return total.ours * total.elements * itemsize / 1e9, total.eager * total.elements * itemsize / 1e9
+
+
+def _total_table(totals: list[Total], dtype: str, bandwidth: float) -> Table:
+    table = Table(
+        title=f"Whole networks, {dtype}, batch {BATCH}: passes per normalised element, convolutions excluded",
+        caption=f"Times are computed, not measured: bytes / {bandwidth:g} TB/s.",
+    )
+    for header in ("network", "layout", "mode"):
+        table.add_column(header)
+    for header in ("ours", "+ per-channel", "eager", "eager / ours", "ours GB", "eager GB", "ours ms", "eager ms"):
+        table.add_column(header, justify="right")
+    for total in totals:
+        ours, eager = _gigabytes(total, DTYPES[dtype].itemsize)
+        passes = (total.activation, total.channel, total.eager, total.ratio)
+        table.add_row(
+            total.network, total.layout, total.mode, *(f"{p:.3f}" for p in passes),
+            f"{ours:.1f}", f"{eager:.1f}", f"{ours / bandwidth:.2f}", f"{eager / bandwidth:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--network", choices=(*NETWORKS, "both"), default="both")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--layout", choices=(*LAYOUTS, "both"), default="both")
+    parser.add_argument(
+        "--bandwidth", type=float, default=4.3, metavar="TB/S",
+        help="what computed times assume; the default is an H200's copy bandwidth (4.3)",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write every number there")
+    parser.add_argument("--short", action="store_true", help="one node of each form, and no network totals")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Counts, prints the tables, writes the JSON file; 0."""
+    require_interpreter()
+    dtype = DTYPES[args.dtype]
+    networks = list(NETWORKS) if args.network == "both" else [args.network]
+    layouts = list(LAYOUTS) if args.layout == "both" else [args.layout]
+    nodes = [node for name in networks for node in NETWORKS[name]().nodes]
+    if args.short:
+        nodes = [next(node for node in nodes if node.form == form) for form in FORMS]
+    console = Console()
+    wanted = [(node, layout) for layout in layouts for node in nodes]
+    counted = [_at_batch(node, layout, dtype) for node, layout in track(wanted, "Counting", console=console)]
+    # Both networks have some nodes in common.
+    traffic = list({(t.layout, t.form, t.shape): t for t in counted}.values())
+    totals = []
+    if not args.short:
+        totals = [network_total(n, layout, dtype, mode) for n in networks for layout in layouts for mode in MODES]
+    console.print(_node_table(traffic, args.dtype))
+    console.print(_launch_table(traffic))
+    if totals:
+        console.print(_total_table(totals, args.dtype, args.bandwidth))
+    if args.json:
+        args.json.write_text(json.dumps(_as_json(traffic, totals, args), indent=1) + "\n")
+    return 0
+
+
+def _as_json(traffic: list[NodeTraffic], totals: list[Total], args: argparse.Namespace) -> dict[str, Any]:
+    def with_sums(total: Total) -> dict[str, Any]:
+        ours, eager = _gigabytes(total, DTYPES[args.dtype].itemsize)
+        computed = {"ours_ms": ours / args.bandwidth, "eager_ms": eager / args.bandwidth}
+        return {**asdict(total), "ratio": total.ratio, "ours_gb": ours, "eager_gb": eager, "computed": computed}
+
+    return {
+        "dtype": args.dtype,
+        "batch": BATCH,
+        "bandwidth_tb_s": args.bandwidth,
+        "nodes": [asdict(t) for t in traffic],
+        "totals": [with_sums(total) for total in totals],
+    }
