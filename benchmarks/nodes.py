@@ -7,6 +7,7 @@ convolution, as in torchvision.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 NORM_RELU = "norm+relu"
@@ -99,3 +100,6 @@ def _network(depths: tuple[int, ...], bottleneck: bool) -> Network:
         [Node(form, channels, size, size, count) for (form, channels, size), count in nodes.items()],
         [Fork(channels, size, size, count) for (channels, size), count in forks.items()],
     )
+
+
+NETWORKS: dict[str, Callable[[], Network]] = {"resnet18": resnet18, "resnet50": resnet50}

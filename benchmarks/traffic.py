@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from nodes import FORMS, NORM_ADD_RELU, NORM_RELU, Network, Node, resnet18, resnet50
+from nodes import FORMS, NETWORKS, NORM_ADD_RELU, NORM_RELU, Node
+from problems import DTYPES, LAYOUTS
 from recorder import Launch, record, require_interpreter
 from rich.console import Console
 from rich.progress import track
@@ -27,9 +28,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resfused import functional, reference
 
-NETWORKS: dict[str, Callable[[], Network]] = {"resnet18": resnet18, "resnet50": resnet50}
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 FORWARD, BACKWARD, EVAL = PHASES = ("forward", "backward", "eval")
 BATCH = 256
 # The interpreter needs about a second for a node of this many elements.
@@ -338,11 +336,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--layout", choices=(*LAYOUTS, "both"), default="both")
     parser.add_argument(
-        "--bandwidth", type=float, default=4.3, metavar="TB/S",
-        help="what computed times assume; the default is an H200's copy bandwidth (4.3)",
+        "--bandwidth", type=float, default=4.0, metavar="TB/S", help="what computed times assume; default 4.0"
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write every number there")
-    parser.add_argument("--short", action="store_true", help="one node of each form, and no network totals")
+    parser.add_argument("--short", action="store_true", help="one node of each form, no launches, no totals")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -363,8 +360,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.short:
         totals = [network_total(n, layout, dtype, mode) for n in networks for layout in layouts for mode in MODES]
     console.print(_node_table(traffic, args.dtype))
-    console.print(_launch_table(traffic))
     if totals:
+        console.print(_launch_table(traffic))
         console.print(_total_table(totals, args.dtype, args.bandwidth))
     if args.json:
         args.json.write_text(json.dumps(_as_json(traffic, totals, args), indent=1) + "\n")
