@@ -16,6 +16,15 @@ from .tile import affine, aligned, by_channel, channels_of, load_norm, locate, l
 
 
 @triton.jit
+def _load_gradient(dy, dy_fork, start, local, inside, ACC: tl.constexpr):
+    """dy, or where the output was forked the sum of the gradients of both its copies."""
+    gradient = tl.load(dy + start + local, mask=inside, other=0).to(ACC)
+    if dy_fork is not None:
+        gradient += tl.load(dy_fork + start + local, mask=inside, other=0).to(ACC)
+    return gradient
+
+
+@triton.jit
 def _relu_gradient(
     dy, z, inside, mask, tile, channel_block, S, C,
     CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -32,7 +41,7 @@ def _relu_gradient(
 
 @triton.jit
 def _reduce_kernel(
-    dy, x, residual, mask, dz_out, dx, dresidual, partials,
+    dy, dy_fork, x, residual, mask, dz_out, dx, dresidual, partials,
     mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias, G, S, C,
     EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
@@ -59,7 +68,7 @@ def _reduce_kernel(
         if residual is not None:
             residual_centred = tl.load(residual + start + local, mask=inside, other=0).to(ACC) - residual_m
             z += affine(residual_centred, residual_scale, residual_shift)
-        dz = tl.load(dy + start + local, mask=inside, other=0).to(ACC)
+        dz = _load_gradient(dy, dy_fork, start, local, inside, ACC)
         dz = _relu_gradient(dz, z, inside, mask, tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
         if dz_out is not None:
             store(dz_out + start + local, dz, inside)
@@ -119,12 +128,12 @@ def _input_gradient(dz, centred, r, scale, mean_dz, mean_dz_x):
 
 @triton.jit
 def _apply_kernel(
-    gradient, x, residual, mask, sums, dx, dresidual,
+    gradient, gradient_fork, x, residual, mask, sums, dx, dresidual,
     mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias, M, G, S, C,
     IS_DZ: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx and, with two norms, the residual's gradient, from the merged sums and ``gradient``: dz, or dy."""
+    """dx and, with two norms, the residual's gradient, from the merged sums and ``gradient``: dz, or dy (in two)."""
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
     channel_block, program, programs, tiles = schedule(G, S, C, BLOCK_S, BLOCK_C)
     c, c_inside = channels_of(channel_block, C, BLOCK_C)
@@ -144,7 +153,7 @@ def _apply_kernel(
         if residual is not None:
             residual_centred = tl.load(residual + start + local, mask=inside, other=0).to(ACC) - residual_m
             z += affine(residual_centred, residual_scale, residual_shift)
-        dz = tl.load(gradient + start + local, mask=inside, other=0).to(ACC)
+        dz = _load_gradient(gradient, gradient_fork, start, local, inside, ACC)
         if not IS_DZ:
             dz = _relu_gradient(dz, z, inside, mask, tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
         if dx is not None:
@@ -167,6 +176,7 @@ class Gradients(NamedTuple):
 
 def backward(
     dy: Tensor,
+    dy_fork: Tensor | None,
     x: Tensor,
     residual: Tensor | None,
     residual_dtype: torch.dtype | None,
@@ -178,13 +188,15 @@ def backward(
 ) -> Gradients:
     """The wanted gradients of ``forward``, None elsewhere, from what it was given and returned.
 
-    ``residual`` is needed only with ``residual_norm``, ``residual_dtype`` only without; no ``stats`` means frozen
-    statistics. Launches: reduce, merge, apply; the merge only for sums that something needs, the apply only where an
-    input's gradient waits for them.
+    ``dy_fork`` is a second gradient of the same output, added to ``dy`` on the way. ``residual`` is needed only with
+    ``residual_norm``, ``residual_dtype`` only without; no ``stats`` means frozen statistics. Launches: reduce, merge,
+    apply; the merge only for sums that something needs, the apply only where an input's gradient waits for them.
     """
     x = dense(x)
     g = geometry(x)
     dy = in_layout_of(dy, x)
+    if dy_fork is not None:
+        dy_fork = in_layout_of(dy_fork, x)
     if residual is not None:
         residual = in_layout_of(residual, x)
     dx = torch.empty_like(x) if wanted.x else None
@@ -213,7 +225,7 @@ def backward(
         partials = x.new_empty((rows, programs, g.channels), dtype=acc)
     grid, options = tile_options("reduce", g, acc)
     _reduce_kernel[grid](
-        dy, x, residual, mask, dz, *local, partials, *norms, g.groups, g.positions, g.channels,
+        dy, dy_fork, x, residual, mask, dz, *local, partials, *norms, g.groups, g.positions, g.channels,
         EPS=norm.eps, RESIDUAL_EPS=second.eps, FROZEN=frozen, **options,
     )  # fmt: skip
 
@@ -230,8 +242,8 @@ def backward(
         is_dz = dz is not None and dz.dtype is dy.dtype
         grid, options = tile_options("apply", g, acc)
         _apply_kernel[grid](
-            dz if is_dz else dy, x, residual, mask, sums, *waiting, *norms, g.values, g.groups, g.positions, g.channels,
-            IS_DZ=is_dz, **options,
+            dz if is_dz else dy, None if is_dz else dy_fork, x, residual, mask, sums, *waiting, *norms,
+            g.values, g.groups, g.positions, g.channels, IS_DZ=is_dz, **options,
         )  # fmt: skip
     return Gradients(dx, dresidual if dz is None else dz, dweight, dbias, dresidual_weight, dresidual_bias)
 

@@ -11,7 +11,13 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 
 from . import functional, reference
 from .backend import backend_for, get_backend, set_backend, use_backend
-from .blocks import BottleneckResidualBlock, LinearResidualBlock, ProjectionResidualBlock, ResidualBlock
+from .blocks import (
+    BottleneckResidualBlock,
+    LinearResidualBlock,
+    ProjectionResidualBlock,
+    ResidualBlock,
+    Sequential,
+)
 from .function import FusedResidualBlock
 from .norms import (
     BatchNormAddReLU1d,
@@ -36,6 +42,7 @@ __all__ = [
     "LinearResidualBlock",
     "ProjectionResidualBlock",
     "ResidualBlock",
+    "Sequential",
     "__version__",
     "backend_for",
     "functional",

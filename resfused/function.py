@@ -18,11 +18,15 @@ class FusedResidualBlock(torch.autograd.Function):
     """The tail of a residual block, relu(batch_norm(input) + s), in one forward and one backward node.
 
     ``apply(input, residual, weight, bias, running_mean, running_var, momentum, eps, norm_residual, residual_weight,
-    residual_bias, residual_running_mean, residual_running_var, residual_momentum, residual_eps, training)``
+    residual_bias, residual_running_mean, residual_running_var, residual_momentum, residual_eps, training, forked)``
 
     s is nothing where ``residual`` is None, the batch norm of ``residual`` with ``norm_residual``, else ``residual``.
     Shapes: ``input`` and ``residual`` (N, C, *spatial), not empty; the others (C,) or None. Statistics, normalisation
     and gradients are those of Ioffe and Szegedy, "Batch Normalization", ICML 2015, sections 3 and 3.1.
+
+    With ``forked`` the output comes twice, for two uses: the same memory under two names, whose gradients the backward
+    adds as it reads them, where autograd would sum those of one name in a kernel of its own. Neither may be changed in
+    place, nor shown to anyone who would ask for the gradient of just one.
 
     Saved for the backward: ``input`` (and ``residual`` with ``norm_residual``), a bit mask where the residual is not
     saved, vectors over channels. A second derivative is taken by PyTorch's own batch norm.
@@ -32,9 +36,9 @@ class FusedResidualBlock(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, residual: Tensor | None, *rest: Any) -> Tensor:
+    def forward(ctx: Any, input: Tensor, residual: Tensor | None, *rest: Any) -> Tensor | tuple[Tensor, Tensor]:
         require_kernels(input)
-        *norms, training = rest
+        *norms, training, forked = rest
         ctx.norm_residual = norms[6]
         ctx.numbers = (norms[4:6], norms[11:13])
         ctx.residual_dtype = None if residual is None else residual.dtype
@@ -48,23 +52,28 @@ class FusedResidualBlock(torch.autograd.Function):
         kept = residual if ctx.norm_residual else None
         ctx.has_mask = residual is not None and not ctx.norm_residual
         ctx.save_for_backward(input, kept, mask if ctx.has_mask else None, stats, *vectors)
-        return y
+        ctx.set_materialize_grads(False)
+        return (y, y.detach()) if forked else y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dy_fork: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            dy, dy_fork = dy_fork, None
+        if dy is None:
+            return (None,) * 17
         input, residual, mask, stats, *vectors = ctx.saved_tensors
         numbers, residual_numbers = ctx.numbers
         wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 9, 10)]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = _differentiable_backward(ctx, dy, wanted)
+            gradients = _differentiable_backward(ctx, dy if dy_fork is None else dy + dy_fork, wanted)
         else:
             norms = (*vectors[:4], *numbers, ctx.norm_residual, *vectors[4:], *residual_numbers)
-            gradients = ops.backward(dy, input, residual, ctx.residual_dtype, mask, stats, *norms, wanted)
+            gradients = ops.backward(dy, dy_fork, input, residual, ctx.residual_dtype, mask, stats, *norms, wanted)
         found = iter(gradients)
         dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias = [next(found) if w else None for w in wanted]
         return (
             dx, dresidual, dweight, dbias, None, None, None, None,
-            None, dresidual_weight, dresidual_bias, None, None, None, None, None,
+            None, dresidual_weight, dresidual_bias, None, None, None, None, None, None,
         )  # fmt: skip
 
 

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import functional as fused
+from .arguments import Norm, check_call
+from .dispatch import normalise_add_relu
 
 
-class _Call(NamedTuple):
-    """What ``nn.BatchNorm.forward`` would pass to ``F.batch_norm``."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    batch_statistics: bool
-    momentum: float
-
-
-def _call(norm: _BatchNorm) -> _Call:
+def _call(norm: _BatchNorm) -> tuple[bool, Norm]:
+    """What ``nn.BatchNorm.forward`` passes to ``F.batch_norm``: whether to take the batch's statistics, the rest."""
     mean, var = norm.running_mean, norm.running_var
     batch_statistics = norm.training or (mean is None and var is None)
     if norm.training and not norm.track_running_stats:
         mean = var = None
     momentum = norm.momentum
     if momentum is None:
-        # The cumulative average. The count goes up only once the call has succeeded.
+        # The cumulative average, of this batch too. It is counted once the arguments have been checked.
         counter = _counter(norm)
         momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
-    return _Call(mean, var, batch_statistics, momentum)
+    return batch_statistics, Norm(norm.weight, norm.bias, mean, var, momentum, norm.eps)
 
 
 def _counter(norm: _BatchNorm) -> Tensor | None:
@@ -38,20 +29,25 @@ def _counter(norm: _BatchNorm) -> Tensor | None:
     return norm.num_batches_tracked if norm.training and norm.track_running_stats else None
 
 
-def _count(norm: _BatchNorm) -> None:
-    counter = _counter(norm)
+def _count(norm: _BatchNorm | None) -> None:
+    counter = None if norm is None else _counter(norm)
     if counter is not None:
         counter.add_(1)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def _is_transparent(norm: nn.Module) -> bool:
     """Whether nobody can tell a call of ``norm`` from the same arithmetic elsewhere: no hooks, no synchronisation."""
-    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
-    return not any(hooks) and not isinstance(norm, nn.SyncBatchNorm)
+    return not has_hooks(norm) and not isinstance(norm, nn.SyncBatchNorm)
 
 
 def _fuses_with(norm: _BatchNorm, residual_norm: _BatchNorm) -> bool:
-    same_mode = _call(norm).batch_statistics == _call(residual_norm).batch_statistics
+    same_mode = _call(norm)[0] == _call(residual_norm)[0]
     return same_mode and norm is not residual_norm and _is_transparent(norm) and _is_transparent(residual_norm)
 
 
@@ -64,29 +60,33 @@ def tail(
     ``resfused.functional``, with the modules' own rank check (ValueError). Modules with hooks, ``nn.SyncBatchNorm``,
     and two norms in different modes are called as they are, unfused.
     """
+    return forked_tail(norm, input, residual, residual_norm, forked=False)[0]
+
+
+def forked_tail(
+    norm: _BatchNorm,
+    input: Tensor,
+    residual: Tensor | None = None,
+    residual_norm: _BatchNorm | None = None,
+    forked: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``tail`` for two uses of its output: see ``FusedResidualBlock`` for what ``forked`` asks of them."""
     if residual is not None and residual_norm is not None and not _fuses_with(norm, residual_norm):
         residual, residual_norm = residual_norm(residual), None
     if not _is_transparent(norm):
         y = norm(input)
-        return F.relu(y if residual is None else y + residual)
+        y = F.relu(y if residual is None else y + residual)
+        return y, y
     norm._check_input_dim(input)
-    mean, var, training, momentum = _call(norm)
-    own = (norm.weight, norm.bias, training, momentum, norm.eps)
-    if residual is None:
-        y = fused.batch_norm_relu(input, mean, var, *own)
-    elif residual_norm is None:
-        y = fused.batch_norm_add_relu(input, residual, mean, var, *own)
-    else:
+    training, own = _call(norm)
+    residual_own = None
+    if residual_norm is not None:
         residual_norm._check_input_dim(residual)
-        residual_mean, residual_var, _, residual_momentum = _call(residual_norm)
-        y = fused.batch_norm_add_batch_norm_relu(
-            input, residual, mean, var, residual_mean, residual_var,
-            norm.weight, norm.bias, residual_norm.weight, residual_norm.bias,
-            training, momentum, norm.eps, residual_momentum, residual_norm.eps,
-        )  # fmt: skip
-        _count(residual_norm)
-    _count(norm)
-    return y
+        _, residual_own = _call(residual_norm)
+    check_call(input, residual, own, residual_own, training)
+    for each in (norm, residual_norm):
+        _count(each)
+    return normalise_add_relu(input, residual, own, residual_own, training, forked)
 
 
 class _BatchNormReLU(_BatchNorm):

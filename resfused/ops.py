@@ -23,8 +23,8 @@ _SCHEMAS = (
     f"forward_training(Tensor x, Tensor? residual, {_TRAINED}, bool save_mask)"
     " -> (Tensor y, Tensor mask, Tensor stats)",
     f"forward_frozen(Tensor x, Tensor? residual, {_FROZEN}, bool save_mask) -> (Tensor y, Tensor mask)",
-    "backward(Tensor dy, Tensor x, Tensor? residual, ScalarType? residual_dtype, Tensor? mask, Tensor? stats, "
-    f"{_FROZEN}, bool[6] wanted) -> Tensor[]",
+    "backward(Tensor dy, Tensor? dy_fork, Tensor x, Tensor? residual, ScalarType? residual_dtype, Tensor? mask, "
+    f"Tensor? stats, {_FROZEN}, bool[6] wanted) -> Tensor[]",
 )
 
 
@@ -68,6 +68,7 @@ def _forward_frozen(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Ten
 
 def _backward(
     dy: Tensor,
+    dy_fork: Tensor | None,
     x: Tensor,
     residual: Tensor | None,
     residual_dtype: torch.dtype | None,
@@ -80,7 +81,7 @@ def _backward(
     norm, residual_norm = _norms(kernels, values)
     with torch.cuda.device_of(x):
         gradients = kernels.backward(
-            dy, x, residual, residual_dtype, mask, stats, norm, residual_norm, kernels.Gradients(*wanted)
+            dy, dy_fork, x, residual, residual_dtype, mask, stats, norm, residual_norm, kernels.Gradients(*wanted)
         )
     return [g for g in gradients if g is not None]
 
@@ -103,6 +104,7 @@ def _fake_forward_training(x: Tensor, residual: Tensor | None, *rest: Any) -> tu
 
 def _fake_backward(
     dy: Tensor,
+    dy_fork: Tensor | None,
     x: Tensor,
     residual: Tensor | None,
     residual_dtype: torch.dtype | None,

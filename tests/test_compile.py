@@ -40,7 +40,12 @@ def test_opcheck(form, layout, device):
     norms = forward[2:-1]
     for values in (mask, stats), (mask, None):
         values = (values[0] if form == FORMS[1] else None, values[1])
-        opcheck(ops.backward, (p.dy, p.tensors["input"], saved, dtype, *values, *norms, wanted), test_utils=CHECKS)
+        opcheck(
+            ops.backward, (p.dy, p.dy, p.tensors["input"], saved, dtype, *values, *norms, wanted), test_utils=CHECKS
+        )
+        opcheck(
+            ops.backward, (p.dy, None, p.tensors["input"], saved, dtype, *values, *norms, wanted), test_utils=CHECKS
+        )
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])

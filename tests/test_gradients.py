@@ -115,4 +115,4 @@ def test_the_function_refuses_what_the_kernels_cannot_take(device):
     x = torch.randn(2, 3, 4, device="meta")
     vectors = (None, None, None, None, 0.1, 1e-5)
     with pytest.raises(RuntimeError, match="input is on meta"):
-        resfused.FusedResidualBlock.apply(x, None, *vectors, False, *vectors, True)
+        resfused.FusedResidualBlock.apply(x, None, *vectors, False, *vectors, True, False)

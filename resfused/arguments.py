@@ -1,6 +1,8 @@
-"""What a call to the functional interface must satisfy, checked before anything is changed."""
+"""The arguments of a call, and what they must satisfy; checked before anything is changed."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,9 +10,37 @@ from torch import Tensor
 from .backend import FLOATS
 
 
-def check_activation(input: Tensor) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a Tensor, but got {type(input).__name__}")
+class Norm(NamedTuple):
+    """One batch norm's tensors, of C elements or None, and numbers."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    momentum: float
+    eps: float
+
+
+NO_NORM = Norm(None, None, None, None, 0.0, 0.0)
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, but got {type(value).__name__}")
+
+
+def check_call(input: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool) -> None:
+    """Raises what ``resfused.functional`` says; a missing residual is the form that has none."""
+    _check_activation(input)
+    _check_norm(input, norm, training)
+    if residual is not None:
+        _check_residual(residual, input)
+        if residual_norm is not None:
+            _check_norm(residual, residual_norm, training, prefix="residual_")
+
+
+def _check_activation(input: Tensor) -> None:
+    check_tensor("input", input)
     # PyTorch lets an empty vector through, as a batch of no channels.
     if input.dim() < 2 and input.shape != (0,):
         raise IndexError(f"input must have at least 2 dimensions (N, C, ...), but got shape {tuple(input.shape)}")
@@ -18,9 +48,7 @@ def check_activation(input: Tensor) -> None:
         raise NotImplementedError(f"input must be of a floating dtype, but got {input.dtype}")
 
 
-def check_residual(residual: Tensor, input: Tensor) -> None:
-    if not isinstance(residual, Tensor):
-        raise TypeError(f"residual must be a Tensor, but got {type(residual).__name__}")
+def _check_residual(residual: Tensor, input: Tensor) -> None:
     if residual.shape != input.shape:
         raise RuntimeError(
             f"residual must have the shape of input, {tuple(input.shape)}, but got {tuple(residual.shape)}; "
@@ -32,17 +60,9 @@ def check_residual(residual: Tensor, input: Tensor) -> None:
         raise RuntimeError(f"residual must be on the device of input, {input.device}, but got {residual.device}")
 
 
-def check_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    eps: float,
-    prefix: str = "",
-) -> None:
+def _check_norm(input: Tensor, norm: Norm, training: bool, prefix: str = "") -> None:
     """``prefix`` goes before the arguments' names in messages."""
+    weight, bias, running_mean, running_var, _, eps = norm
     if not training:
         for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
             if tensor is None:

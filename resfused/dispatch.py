@@ -1,0 +1,55 @@
+"""The one way from a checked call to its result: choice of the backend, autograd or not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .arguments import NO_NORM, Norm
+from .backend import backend_for, kernels
+from .function import FusedResidualBlock
+
+if kernels is not None:
+    from . import ops
+
+
+def normalise_add_relu(
+    input: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, forked: bool = False
+) -> tuple[Tensor, Tensor]:
+    """relu(norm(input) + s), s being nothing, ``residual`` or ``residual_norm(residual)``, for two uses.
+
+    With ``forked`` the two are tensors of their own where the kernels run (see ``FusedResidualBlock``), else one and
+    the same. The arguments have passed ``check_call``.
+    """
+    if _share_statistics(norm, residual_norm, training) or backend_for(input) == "torch":
+        y = _plain(input, residual, norm, residual_norm, training)
+        return y, y
+    norms = (*norm, residual_norm is not None, *(residual_norm or NO_NORM))
+    differentiable = (input, residual, *norms[:2], *norms[7:9])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        y = FusedResidualBlock.apply(input, residual, *norms, training, forked)
+        return y if forked else (y, y)
+    y = (ops.forward_training if training else ops.forward_frozen)(input, residual, *norms, False)[0]
+    return y, y
+
+
+def _share_statistics(norm: Norm, residual_norm: Norm | None, training: bool) -> bool:
+    """Two norms that share buffers update them one after the other, which one launch for both would not."""
+    if not training or residual_norm is None or norm.running_mean is None:
+        return False
+    return norm.running_mean is residual_norm.running_mean
+
+
+def _plain(input: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool) -> Tensor:
+    weight, bias, mean, var, momentum, eps = norm
+    own = (weight, bias, training, momentum, eps)
+    if residual is None:
+        return reference.batch_norm_relu(input, mean, var, *own)
+    if residual_norm is None:
+        return reference.batch_norm_add_relu(input, residual, mean, var, *own)
+    weight, bias, residual_mean, residual_var, momentum, eps = residual_norm
+    return reference.batch_norm_add_batch_norm_relu(
+        input, residual, mean, var, residual_mean, residual_var, norm.weight, norm.bias, weight, bias,
+        training, norm.momentum, norm.eps, momentum, eps,
+    )  # fmt: skip
