@@ -35,7 +35,6 @@ from typing import NamedTuple
 
 import torch
 from offline import Launch, compiling_for
-from resfused import kernels
 from resfused.kernels import launch_table
 from resfused.kernels.geometry import Geometry, geometry
 from rich.console import Console
@@ -44,6 +43,8 @@ from rich.table import Table
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
+
+from resfused import kernels
 
 KIB = 1024
 IN_FLIGHT = 32 * KIB
@@ -78,22 +79,20 @@ DEFAULT_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 FORMS = {"norm+relu": (False, False), "norm+add+relu": (True, False), "norm+add(norm)+relu": (True, True)}
 PHASES = ("training forward", "training backward", "eval forward")
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+ODD = (256, 130, 28, 28)
+SHAPES = ((256, 64, 56, 56), (256, 256, 56, 56), (256, 2048, 7, 7), ODD)
+# The other activations of ResNet-50.
 RESNET50 = (
     (256, 64, 112, 112),
-    (256, 64, 56, 56),
-    (256, 256, 56, 56),
     (256, 128, 28, 28),
     (256, 512, 28, 28),
     (256, 256, 14, 14),
     (256, 1024, 14, 14),
     (256, 512, 7, 7),
-    (256, 2048, 7, 7),
 )
-ODD = (256, 130, 28, 28)
 # 2^33 elements: neither an element's offset nor a byte's fits 32 bits.
 HUGE = (4096, 64, 256, 128)
-SHAPES = (*RESNET50, ODD, HUGE)
-DTYPES = {"bfloat16": SHAPES, "float16": SHAPES, "float32": SHAPES, "float64": (ODD,)}
+DTYPES = {"bfloat16": (*SHAPES, *RESNET50, HUGE), "float16": SHAPES, "float32": SHAPES, "float64": (ODD,)}
 
 
 class Task(NamedTuple):
