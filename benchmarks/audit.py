@@ -322,7 +322,7 @@ def tile_accesses(ttir: str) -> list[Access]:
 _FLOAT_ATOMIC = re.compile(r"(RED|ATOM)\w*\..*(F16|BF16|F32|F64)|(global|buffer|flat)_atomic_\w*f(16|32|64)")
 _FLOAT64 = re.compile(r"^D(ADD|MUL|FMA|SETP|MNMX)\b|F64|^MUFU.*64|_f64")
 _NVIDIA_ACCESS = re.compile(r"(LDG|STG)\b(?:.*?\.[US]?(8|16|64|128|256)(?=\.|$))?")
-_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_([us]?(?:byte|short)|dword(?:x\d)?)")
+_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_[us]?(byte|short|dword(?:x\d)?)")
 _AMD_BITS = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
 
 
@@ -331,7 +331,7 @@ def width_of(opcode: str, loads: bool) -> int:
     if access := _NVIDIA_ACCESS.match(opcode):
         return int(access[2] or 32) if (access[1] == "LDG") == loads else 0
     if access := _AMD_ACCESS.match(opcode):
-        return _AMD_BITS[access[2].lstrip("us")] if (access[1] == "load") == loads else 0
+        return _AMD_BITS[access[2]] if (access[1] == "load") == loads else 0
     return 0
 
 

@@ -111,20 +111,16 @@ def broken(rows: list[audit.Row]) -> set[tuple[str, ...]]:
 
 @pytest.mark.parametrize("architecture", audit.DEFAULT_ARCHITECTURES)
 def test_budgets_hold(architecture: str, tmp_path: Path) -> None:
-    rows = compiled(architecture, ((256, 64, 56, 56), (256, 130, 28, 28)), tmp_path)
+    rows = compiled(architecture, ((256, 64, 56, 56), (256, 130, 28, 28), audit.HUGE), tmp_path)
     streaming = {kernel for kernel, _ in audit.launch_table.STREAMING}
     assert {r.kernel for r in rows if r.available} == streaming
     assert {r.kernel for r in rows if r.least_width == 128} == streaming
+    assert {r.kernel for r in rows if r.available and r.offset_bits == 64} == streaming
     assert broken(rows) == set()
 
 
-def test_extents_of_one_compile(tmp_path: Path) -> None:
-    assert broken(compiled("sm_90", ((4, 1, 9, 9), (16, 8, 1, 1), (2, 1, 1, 1)), tmp_path)) == set()
-
-
-def test_more_than_32_bits_of_elements(tmp_path: Path) -> None:
-    rows = compiled("sm_90", (audit.HUGE, (2**13, 1, 2**10, 2**10)), tmp_path)
-    assert {r.offset_bits for r in rows} == {64}
+def test_extents_of_one_and_beyond_32_bits_compile(tmp_path: Path) -> None:
+    rows = compiled("sm_90", ((4, 1, 9, 9), (2, 1, 1, 1), (2**13, 1, 2**10, 2**10)), tmp_path)
     assert broken(rows) == set()
 
 
