@@ -102,7 +102,7 @@ def compiled(architecture: str, shapes: tuple[tuple[int, ...], ...], tmp_path: P
         check=True,
         text=True,
     ).stdout
-    return [audit.Row(**row) for row in json.loads(out)]
+    return [audit.Row(**row | {"shape": tuple(row["shape"])}) for row in json.loads(out)]
 
 
 def broken(rows: list[audit.Row]) -> set[tuple[str, ...]]:
