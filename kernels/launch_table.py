@@ -46,13 +46,13 @@ class MergeLaunch(NamedTuple):
 # no power of two.
 STREAMING: dict[tuple[str, bool], tuple[tuple[int | None, Entry], ...]] = {
     ("statistics", True): ((2**22, Entry(1024, 64, 512, 4)), (None, Entry(1024, 64, 2048, 4))),
-    ("statistics", False): ((2**22, Entry(1024, 128, 512, 4)), (None, Entry(2048, 128, 2048, 4))),
+    ("statistics", False): ((2**22, Entry(1024, 64, 512, 4)), (None, Entry(2048, 64, 2048, 4))),
     ("normalise", True): ((None, Entry(2048, 64, 8192, 4)),),
-    ("normalise", False): ((None, Entry(2048, 128, 8192, 4)),),
+    ("normalise", False): ((None, Entry(2048, 64, 8192, 4)),),
     ("reduce", True): ((2**22, Entry(1024, 64, 512, 4)), (None, Entry(2048, 64, 1024, 4))),
-    ("reduce", False): ((2**22, Entry(1024, 128, 512, 4)), (None, Entry(2048, 128, 1024, 4))),
+    ("reduce", False): ((2**22, Entry(1024, 64, 512, 4)), (None, Entry(2048, 64, 1024, 4))),
     ("apply", True): ((None, Entry(2048, 64, 8192, 4)),),
-    ("apply", False): ((None, Entry(2048, 128, 8192, 4)),),
+    ("apply", False): ((None, Entry(1024, 64, 8192, 4)),),
 }
 # Partial results of this many programs are merged side by side, for this many channels in a program.
 MERGE = (128, 8)
