@@ -21,6 +21,7 @@ if not sys.stdout.isatty():
     # Tables in a log file are not cut to a terminal's width.
     os.environ["COLUMNS"] = "150"
 
+import audit
 import timing
 import traffic
 from gate import run_gate
@@ -29,7 +30,7 @@ from problems import DTYPES, LAYOUTS
 from results import write
 from rich.console import Console
 
-COMMANDS = {"traffic": traffic}
+COMMANDS = {"traffic": traffic, "audit": audit}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,7 +71,8 @@ def _standard(args: argparse.Namespace) -> int:
         console.print("[red]The kernels are wrong on this machine: nothing was timed.")
         return 1
     if not on_gpu:
-        return traffic.run(_parser().parse_args(["traffic", "--short"]))
+        short = [COMMANDS[name].run(_parser().parse_args([name, "--short"])) for name in ("traffic", "audit")]
+        return max(short)
     nodes = [n for n in NETWORKS[args.network]().nodes if args.form in (None, n.form)]
     copy = timing.copy_bandwidth(device)
     timings = timing.time_nodes(

@@ -16,14 +16,13 @@ from .geometry import Geometry, dense, geometry, in_layout_of
 from .tile import (
     affine,
     aligned,
-    by_position,
     channels_of,
+    count_tile,
     load_norm,
     locate,
     locate_bits,
     merge_lanes,
     pack_bits,
-    positions_inside,
     schedule,
     store,
     welford,
@@ -46,15 +45,26 @@ def _statistics_kernel(
         residual_mean = tl.zeros(TILE, ACC)
         residual_m2 = tl.zeros(TILE, ACC)
 
-    for tile in range(program, tiles, programs):
+    for tile in range(program, tiles, 2 * programs):
+        # Two tiles are on their way before either is used, with no more accumulators than for one.
+        following = tile + programs
         start, local, inside = locate(tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
-        count += positions_inside(tile, S, BLOCK_S).to(ACC)
-        reciprocal = by_position(1 / tl.where(count > 0, count, 1), CHANNELS_LAST)
-        value = tl.load(x + start + local, mask=inside, other=0).to(ACC)
-        mean, m2 = welford(value, inside, reciprocal, mean, m2)
+        next_start, _, next_inside = locate(following, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+        next_inside &= following < tiles
+        value = tl.load(x + start + local, mask=inside, other=0)
+        next_value = tl.load(x + next_start + local, mask=next_inside, other=0)
         if residual is not None:
-            value = tl.load(residual + start + local, mask=inside, other=0).to(ACC)
-            residual_mean, residual_m2 = welford(value, inside, reciprocal, residual_mean, residual_m2)
+            residual_value = tl.load(residual + start + local, mask=inside, other=0)
+            next_residual_value = tl.load(residual + next_start + local, mask=next_inside, other=0)
+
+        count, share = count_tile(count, tile, tiles, S, CHANNELS_LAST, BLOCK_S)
+        mean, m2 = welford(value, inside, share, mean, m2)
+        if residual is not None:
+            residual_mean, residual_m2 = welford(residual_value, inside, share, residual_mean, residual_m2)
+        count, share = count_tile(count, following, tiles, S, CHANNELS_LAST, BLOCK_S)
+        mean, m2 = welford(next_value, next_inside, share, mean, m2)
+        if residual is not None:
+            residual_mean, residual_m2 = welford(next_residual_value, next_inside, share, residual_mean, residual_m2)
 
     c, c_inside = channels_of(channel_block, C, BLOCK_C)
     row = programs * C

@@ -149,10 +149,18 @@ def affine(centred, scale, shift):
 
 
 @triton.jit
-def welford(value, inside, count_reciprocal, mean, m2):
-    """Each lane's running (mean, M2) with one more value in the lanes that are inside."""
+def count_tile(count, tile, tiles, S, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Each position's number of values with one more tile, and the weight of that tile's value in their mean."""
+    count += (positions_inside(tile, S, BLOCK_S) & (tile < tiles)).to(count.dtype)
+    return count, by_position(1 / tl.where(count > 0, count, 1), CHANNELS_LAST)
+
+
+@triton.jit
+def welford(value, inside, share, mean, m2):
+    """Each lane's running (mean, M2) with one more value, its ``share`` of them, in the lanes that are inside."""
+    value = value.to(mean.dtype)
     delta = tl.where(inside, value - mean, 0)
-    mean += delta * count_reciprocal
+    mean += delta * share
     m2 += delta * tl.where(inside, value - mean, 0)
     return mean, m2
 

@@ -30,7 +30,7 @@ def small_launches(monkeypatch):
     """Tiles and grids so small that every loop turns, every tail is ragged and every merge has parts."""
     from resfused.kernels import launch_table
 
-    entry = launch_table.Entry(elements=64, channels=16, programs=12, warps=1)
+    entry = launch_table.Entry(elements=64, inner=16, programs=12, warps=1)
     monkeypatch.setattr(launch_table, "STREAMING", dict.fromkeys(launch_table.STREAMING, ((None, entry),)))
     monkeypatch.setattr(launch_table, "MERGE", (2, 4))
     for cached in (launch_table.streaming, launch_table.merge):
