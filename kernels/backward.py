@@ -10,17 +10,30 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
-from .forward import Norm, accumulator, means_and_rstds, tile_options
-from .geometry import dense, geometry, in_layout_of
-from .tile import affine, aligned, by_channel, channels_of, load_norm, locate, locate_bits, schedule, store, unpack_bits
+from .forward import Norm, accumulator, means_and_rstds, one_launch_options, second_phase_options, tile_options
+from .geometry import Geometry, dense, geometry, in_layout_of
+from .tickets import is_last_to_arrive, open_second_phase, take_turn, wait_for_second_phase
+from .tile import (
+    affine,
+    aligned,
+    by_channel,
+    channels_of,
+    in_order,
+    load_norm,
+    locate,
+    locate_bits,
+    schedule,
+    store,
+    unpack_bits,
+)
 
 
 @triton.jit
-def _load_gradient(dy, dy_fork, start, local, inside, ACC: tl.constexpr):
+def _load_gradient(dy, dy_fork, start, local, inside, EVICT: tl.constexpr, ACC: tl.constexpr):
     """dy, or where the output was forked the sum of the gradients of both its copies."""
-    gradient = tl.load(dy + start + local, mask=inside, other=0).to(ACC)
+    gradient = tl.load(dy + start + local, mask=inside, other=0, eviction_policy=EVICT).to(ACC)
     if dy_fork is not None:
-        gradient += tl.load(dy_fork + start + local, mask=inside, other=0).to(ACC)
+        gradient += tl.load(dy_fork + start + local, mask=inside, other=0, eviction_policy=EVICT).to(ACC)
     return gradient
 
 
@@ -40,15 +53,14 @@ def _relu_gradient(
 
 
 @triton.jit
-def _reduce_kernel(
+def _reduce(
     dy, dy_fork, x, residual, mask, dz_out, dx, dresidual, partials,
-    mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias, G, S, C,
+    mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
+    channel_block, program, programs, tiles, S, C,
     EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Σ dz, Σ dz·x̂ (and Σ dz·ŝ) of each program, and every gradient that needs no sum: dz, and all when FROZEN."""
-    S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
-    channel_block, program, programs, tiles = schedule(G, S, C, BLOCK_S, BLOCK_C)
+    """A program's Σ dz, Σ dz·x̂ (and Σ dz·ŝ), and every gradient that needs no sum: dz, and all when FROZEN."""
     c, c_inside = channels_of(channel_block, C, BLOCK_C)
     m, r, scale, shift = load_norm(mean, rstd, weight, bias, c, c_inside, EPS, FROZEN, CHANNELS_LAST, ACC)
     TILE: tl.constexpr = (BLOCK_S, BLOCK_C) if CHANNELS_LAST else (BLOCK_C, BLOCK_S)
@@ -68,7 +80,7 @@ def _reduce_kernel(
         if residual is not None:
             residual_centred = tl.load(residual + start + local, mask=inside, other=0).to(ACC) - residual_m
             z += affine(residual_centred, residual_scale, residual_shift)
-        dz = _load_gradient(dy, dy_fork, start, local, inside, ACC)
+        dz = _load_gradient(dy, dy_fork, start, local, inside, "", ACC)
         dz = _relu_gradient(dz, z, inside, mask, tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
         if dz_out is not None:
             store(dz_out + start + local, dz, inside)
@@ -93,12 +105,12 @@ def _reduce_kernel(
 
 
 @triton.jit
-def _merge_sums_kernel(
-    partials, sums, dweight, dbias, dresidual_weight, dresidual_bias, C, programs,
+def _merge_sums(
+    partials, sums, dweight, dbias, dresidual_weight, dresidual_bias, C, programs, channel_block,
     ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The partial sums of all programs added in a fixed order, and the parameters' gradients, which they are."""
-    c, c_inside = channels_of(tl.program_id(0), C, BLOCK_C)
+    c, c_inside = channels_of(channel_block, C, BLOCK_C)
     for row in tl.static_range(ROWS):
         total = tl.zeros((BLOCK_P, BLOCK_C), ACC)
         for first in range(0, programs, BLOCK_P):
@@ -127,15 +139,14 @@ def _input_gradient(dz, centred, r, scale, mean_dz, mean_dz_x):
 
 
 @triton.jit
-def _apply_kernel(
-    gradient, gradient_fork, x, residual, mask, sums, dx, dresidual,
-    mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias, M, G, S, C,
-    IS_DZ: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    ACC: tl.constexpr,
+def _apply(
+    gradient, gradient_fork, x, residual, mask, sums, dz_out, dx, dresidual,
+    mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
+    channel_block, program, programs, tiles, M, S, C,
+    IS_DZ: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx and, with two norms, the residual's gradient, from the merged sums and ``gradient``: dz, or dy (in two)."""
-    S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
-    channel_block, program, programs, tiles = schedule(G, S, C, BLOCK_S, BLOCK_C)
+    """The inputs' gradients that waited for the merged sums, from ``gradient``: dz, or dy (in two)."""
     c, c_inside = channels_of(channel_block, C, BLOCK_C)
     m, r, scale, shift = load_norm(mean, rstd, weight, bias, c, c_inside, 0.0, False, CHANNELS_LAST, ACC)
     mean_dz = by_channel(tl.load(sums + c, mask=c_inside, other=0) / M, CHANNELS_LAST)
@@ -146,21 +157,113 @@ def _apply_kernel(
         )
         mean_dz_residual = by_channel(tl.load(sums + 2 * C + c, mask=c_inside, other=0) / M, CHANNELS_LAST)
 
-    for tile in range(program, tiles, programs):
+    for step in range(program, tiles, programs):
+        tile = in_order(step, tiles, REVERSED)
         start, local, inside = locate(tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
-        centred = tl.load(x + start + local, mask=inside, other=0).to(ACC) - m
+        value = tl.load(x + start + local, mask=inside, other=0, eviction_policy=EVICT)
+        centred = value.to(ACC) - m
         z = affine(centred, scale, shift)
         if residual is not None:
-            residual_centred = tl.load(residual + start + local, mask=inside, other=0).to(ACC) - residual_m
+            s = tl.load(residual + start + local, mask=inside, other=0, eviction_policy=EVICT)
+            residual_centred = s.to(ACC) - residual_m
             z += affine(residual_centred, residual_scale, residual_shift)
-        dz = _load_gradient(gradient, gradient_fork, start, local, inside, ACC)
+        dz = _load_gradient(gradient, gradient_fork, start, local, inside, EVICT, ACC)
         if not IS_DZ:
             dz = _relu_gradient(dz, z, inside, mask, tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+        if dz_out is not None:
+            store(dz_out + start + local, dz, inside)
         if dx is not None:
             store(dx + start + local, _input_gradient(dz, centred, r, scale, mean_dz, mean_dz_x), inside)
         if dresidual is not None:
             value = _input_gradient(dz, residual_centred, residual_r, residual_scale, mean_dz, mean_dz_residual)
             store(dresidual + start + local, value, inside)
+
+
+@triton.jit
+def _reduce_kernel(
+    dy, dy_fork, x, residual, mask, dz_out, dx, dresidual, partials,
+    mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias, G, S, C,
+    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """``_reduce`` as a launch of its own."""
+    S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
+    channel_block, program, programs, tiles = schedule(G, S, C, BLOCK_S, BLOCK_C)
+    _reduce(
+        dy, dy_fork, x, residual, mask, dz_out, dx, dresidual, partials,
+        mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
+        channel_block, program, programs, tiles, S, C,
+        EPS, RESIDUAL_EPS, FROZEN, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
+    )  # fmt: skip
+
+
+@triton.jit
+def _merge_sums_kernel(
+    partials, sums, dweight, dbias, dresidual_weight, dresidual_bias, C, programs,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """``_merge_sums`` as a launch of its own."""
+    _merge_sums(
+        partials, sums, dweight, dbias, dresidual_weight, dresidual_bias, C, programs, tl.program_id(0),
+        ROWS, BLOCK_P, BLOCK_C, ACC,
+    )  # fmt: skip
+
+
+@triton.jit
+def _apply_kernel(
+    gradient, gradient_fork, x, residual, mask, sums, dx, dresidual,
+    mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias, M, G, S, C,
+    IS_DZ: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """``_apply`` as a launch of its own."""
+    S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
+    channel_block, program, programs, tiles = schedule(G, S, C, BLOCK_S, BLOCK_C)
+    _apply(
+        gradient, gradient_fork, x, residual, mask, sums, None, dx, dresidual,
+        mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
+        channel_block, program, programs, tiles, M, S, C,
+        IS_DZ, REVERSED, EVICT, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
+    )  # fmt: skip
+
+
+@triton.jit
+def _backward_kernel(
+    dy, dy_fork, x, residual, mask, dz_out, dx, dresidual, partials, sums, counters,
+    dweight, dbias, dresidual_weight, dresidual_bias,
+    mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
+    M, G, S, C, programs, slice_blocks,
+    ROWS: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr, BLOCK_P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reduce, merge and apply in one launch, ordered by tickets. Batch statistics only."""
+    S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
+    tiles = G * tl.cdiv(S, BLOCK_S)
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    second, channel_block, program = take_turn(counters, programs, slice_blocks, channel_blocks)
+    # The last slice may have fewer blocks than the others.
+    if channel_block < channel_blocks:
+        if second:
+            wait_for_second_phase(counters, channel_block, channel_blocks)
+            _apply(
+                dy, dy_fork, x, residual, mask, sums, dz_out, dx, dresidual,
+                mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
+                channel_block, program, programs, tiles, M, S, C,
+                False, REVERSED, EVICT, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
+            )  # fmt: skip
+        else:
+            _reduce(
+                dy, dy_fork, x, residual, mask, None, None, None, partials,
+                mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
+                channel_block, program, programs, tiles, S, C,
+                0.0, 0.0, False, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
+            )  # fmt: skip
+            if is_last_to_arrive(counters, channel_block, programs):
+                _merge_sums(
+                    partials, sums, dweight, dbias, dresidual_weight, dresidual_bias, C, programs, channel_block,
+                    ROWS, BLOCK_P, BLOCK_C, ACC,
+                )  # fmt: skip
+                open_second_phase(counters, channel_block, channel_blocks)
 
 
 class Gradients(NamedTuple):
@@ -205,47 +308,101 @@ def backward(
         dz = torch.empty_like(x, dtype=residual_dtype)
     elif wanted.residual and residual is not None:
         dresidual = torch.empty_like(residual)
-    frozen = stats is None
-    # With batch statistics an input's gradient waits for the sums; without, it is local.
-    waiting = (None, None) if frozen else (dx, dresidual)
-    local = (dx, dresidual) if frozen else (None, None)
-    dweight, dbias, dresidual_weight, dresidual_bias = parameters = [
+    parameters = [
         torch.empty_like(p, memory_format=torch.contiguous_format) if want and p is not None else None
         for p, want in zip(_parameters(norm, residual_norm), wanted[2:], strict=True)
     ]
-
     second = norm if residual_norm is None else residual_norm
     mean, rstd, residual_mean, residual_rstd = means_and_rstds(stats, norm, residual_norm)
-    norms = (mean, rstd, norm.weight, norm.bias, residual_mean, residual_rstd, second.weight, second.bias)
-    acc = accumulator(x, residual, dy)
-    rows = 2 if residual_norm is None else 3
+    call = _Call(
+        (dy, dy_fork),
+        x,
+        residual,
+        mask,
+        (mean, rstd, norm.weight, norm.bias, residual_mean, residual_rstd, second.weight, second.bias),
+        (norm.eps, second.eps),
+        2 if residual_norm is None else 3,
+        g,
+        accumulator(x, residual, dy),
+    )
+    if stats is not None and any(t is not None for t in (dx, dresidual)) and launch_table.one_launch():
+        _launch_backward(call, dz, dx, dresidual, parameters)
+    else:
+        _launch_phases(call, dz, dx, dresidual, parameters, frozen=stats is None)
+    return Gradients(dx, dresidual if dz is None else dz, *parameters)
+
+
+class _Call(NamedTuple):
+    """What every launch of one backward is given."""
+
+    gradients: tuple[Tensor, Tensor | None]
+    x: Tensor
+    residual: Tensor | None
+    mask: Tensor | None
+    norms: tuple[Tensor | None, ...]
+    eps: tuple[float, float]
+    rows: int
+    g: Geometry
+    acc: torch.dtype
+
+
+def _launch_phases(
+    call: _Call,
+    dz: Tensor | None,
+    dx: Tensor | None,
+    dresidual: Tensor | None,
+    parameters: list[Tensor | None],
+    frozen: bool,
+) -> None:
+    """Fills the gradients that are not None, in three launches at most."""
+    x, g = call.x, call.g
+    sizes = (g.groups, g.positions, g.channels)
+    # With batch statistics an input's gradient waits for the sums; without, it is local.
+    waiting = (None, None) if frozen else (dx, dresidual)
+    local = (dx, dresidual) if frozen else (None, None)
     partials = None
     if any(t is not None for t in (*waiting, *parameters)):
         programs = launch_table.streaming("reduce", g).programs
-        partials = x.new_empty((rows, programs, g.channels), dtype=acc)
-    grid, options = tile_options("reduce", g, acc)
+        partials = x.new_empty((call.rows, programs, g.channels), dtype=call.acc)
+    grid, options = tile_options("reduce", g, call.acc)
     _reduce_kernel[grid](
-        dy, dy_fork, x, residual, mask, dz, *local, partials, *norms, g.groups, g.positions, g.channels,
-        EPS=norm.eps, RESIDUAL_EPS=second.eps, FROZEN=frozen, **options,
+        *call.gradients, x, call.residual, call.mask, dz, *local, partials, *call.norms, *sizes,
+        EPS=call.eps[0], RESIDUAL_EPS=call.eps[1], FROZEN=frozen, **options,
     )  # fmt: skip
-
-    if partials is not None:
-        sums = x.new_empty((rows, g.channels), dtype=acc)
-        merge = launch_table.merge(programs, g.channels)
-        _merge_sums_kernel[(merge.channel_blocks,)](
-            partials, sums, *parameters, g.channels, programs,
-            ROWS=rows, BLOCK_P=merge.block_programs, BLOCK_C=merge.block_channels, ACC=options["ACC"],
-            num_warps=merge.warps,
-        )  # fmt: skip
+    if partials is None:
+        return
+    sums = x.new_empty((call.rows, g.channels), dtype=call.acc)
+    merge = launch_table.merge(programs, g.channels)
+    _merge_sums_kernel[(merge.channel_blocks,)](
+        partials, sums, *parameters, g.channels, programs,
+        ROWS=call.rows, BLOCK_P=merge.block_programs, BLOCK_C=merge.block_channels, ACC=options["ACC"],
+        num_warps=merge.warps,
+    )  # fmt: skip
     if any(t is not None for t in waiting):
-        # dz is dy already masked, unless it was rounded to a narrower dtype.
-        is_dz = dz is not None and dz.dtype is dy.dtype
-        grid, options = tile_options("apply", g, acc)
+        # dz is dy already masked (and added up), unless it was rounded to a narrower dtype.
+        is_dz = dz is not None and dz.dtype is call.gradients[0].dtype
+        grid, options = tile_options("apply", g, call.acc)
         _apply_kernel[grid](
-            dz if is_dz else dy, None if is_dz else dy_fork, x, residual, mask, sums, *waiting, *norms,
-            g.values, g.groups, g.positions, g.channels, IS_DZ=is_dz, **options,
+            *((dz, None) if is_dz else call.gradients), x, call.residual, call.mask, sums, *waiting, *call.norms,
+            g.values, *sizes, IS_DZ=is_dz, **second_phase_options(), **options,
         )  # fmt: skip
-    return Gradients(dx, dresidual if dz is None else dz, dweight, dbias, dresidual_weight, dresidual_bias)
+
+
+def _launch_backward(
+    call: _Call, dz: Tensor | None, dx: Tensor | None, dresidual: Tensor | None, parameters: list[Tensor | None]
+) -> None:
+    """The same in one launch, with batch statistics."""
+    x, g = call.x, call.g
+    # What the second phase reads again, hopefully from the L2 cache; the mask is a bit an element.
+    reread = sum(t.element_size() for t in (*call.gradients, x, call.residual) if t is not None)
+    launch = launch_table.one_launch_backward(g, reread, x.device)
+    partials = x.new_empty((call.rows, launch.programs, g.channels), dtype=call.acc)
+    _backward_kernel[launch.grid](
+        *call.gradients, x, call.residual, call.mask, dz, dx, dresidual, partials,
+        x.new_empty((call.rows, g.channels), dtype=call.acc), x.new_zeros(launch.counters, dtype=torch.int32),
+        *parameters, *call.norms, g.values, g.groups, g.positions, g.channels, launch.programs, launch.slice_blocks,
+        ROWS=call.rows, **one_launch_options(launch, g, call.acc),
+    )  # fmt: skip
 
 
 def _parameters(norm: Norm, residual_norm: Norm | None) -> tuple[Tensor | None, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from . import launch_table
 from .geometry import Geometry, dense, geometry, in_layout_of
+from .tickets import is_last_to_arrive, open_second_phase, take_turn, wait_for_second_phase
 from .tile import (
     affine,
     aligned,
     channels_of,
     count_tile,
+    in_order,
     load_norm,
     locate,
     locate_bits,
@@ -30,13 +32,11 @@ from .tile import (
 
 
 @triton.jit
-def _statistics_kernel(
-    x, residual, partials, G, S, C,
-    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+def _take_statistics(
+    x, residual, partials, channel_block, program, programs, tiles, S, C,
+    CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Each program's count, mean and M2 of each channel of its block, over every P-th tile; of ``residual`` too."""
-    S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
-    channel_block, program, programs, tiles = schedule(G, S, C, BLOCK_S, BLOCK_C)
+    """A program's mean, M2 and count of each channel of its block, over every P-th tile; of ``residual`` too."""
     TILE: tl.constexpr = (BLOCK_S, BLOCK_C) if CHANNELS_LAST else (BLOCK_C, BLOCK_S)
     count = tl.zeros((BLOCK_S,), ACC)
     mean = tl.zeros(TILE, ACC)
@@ -76,7 +76,7 @@ def _statistics_kernel(
         _, centre, spread = merge_lanes(count, residual_mean, residual_m2, CHANNELS_LAST)
         tl.store(partials + 2 * row + program * C + c, centre, mask=c_inside)
         tl.store(partials + 3 * row + program * C + c, spread, mask=c_inside)
-    tl.store(partials + 2 * NORMS * row + program, total, mask=channel_block == 0)
+    tl.store(partials + 2 * NORMS * row + channel_block * programs + program, total)
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def _update(running, new, momentum, momentum_rest, c, c_inside):
 
 
 @triton.jit
-def _finish_norm(
+def _merge_statistics(
     partials, counts, stats, running_mean, running_var, momentum, momentum_rest, M, C, programs, channel_block,
     EPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -119,23 +119,71 @@ def _finish_norm(
 
 
 @triton.jit
+def _normalise(
+    x, residual, y, mask, mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
+    channel_block, program, programs, tiles, S, C,
+    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y = relu(norm(x) + s), s nothing, ``residual`` or its norm, and the bits of y's gradient mask."""
+    c, c_inside = channels_of(channel_block, C, BLOCK_C)
+    m, _, scale, shift = load_norm(mean, rstd, weight, bias, c, c_inside, EPS, FROZEN, CHANNELS_LAST, ACC)
+    if residual_mean is not None:
+        residual_m, _, residual_scale, residual_shift = load_norm(
+            residual_mean, residual_rstd, residual_weight, residual_bias, c, c_inside,
+            RESIDUAL_EPS, FROZEN, CHANNELS_LAST, ACC,
+        )  # fmt: skip
+
+    for step in range(program, tiles, programs):
+        tile = in_order(step, tiles, REVERSED)
+        start, local, inside = locate(tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+        value = tl.load(x + start + local, mask=inside, other=0, eviction_policy=EVICT)
+        z = affine(value.to(ACC) - m, scale, shift)
+        if residual is not None:
+            s = tl.load(residual + start + local, mask=inside, other=0, eviction_policy=EVICT).to(ACC)
+            if residual_mean is not None:
+                s = affine(s - residual_m, residual_scale, residual_shift)
+            z += s
+        # NaN is not <= 0: it stays, as in torch.relu.
+        off = z <= 0
+        store(y + start + local, tl.where(off, 0, z), inside)
+        if mask is not None:
+            start, local, inside = locate_bits(tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
+            tl.store(mask + start + local, pack_bits(~off), mask=inside)
+
+
+@triton.jit
+def _statistics_kernel(
+    x, residual, partials, G, S, C,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """``_take_statistics`` as a launch of its own."""
+    S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
+    channel_block, program, programs, tiles = schedule(G, S, C, BLOCK_S, BLOCK_C)
+    _take_statistics(
+        x, residual, partials, channel_block, program, programs, tiles, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC
+    )
+
+
+@triton.jit
 def _merge_statistics_kernel(
     partials, stats, running_mean, running_var, residual_running_mean, residual_running_var,
     momentum, momentum_rest, residual_momentum, residual_momentum_rest, M, C, programs,
     EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, NORMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """``_finish_norm`` for one norm, or for two in the halves of the grid."""
+    """``_merge_statistics`` for one norm, or for two in the halves of the grid."""
+    # The programs of every channel block have the same counts: those of the first serve all.
     counts = partials + 2 * NORMS * programs * C
     channel_blocks = tl.cdiv(C, BLOCK_C)
     channel_block = tl.program_id(0)
     if channel_block < channel_blocks:
-        _finish_norm(
+        _merge_statistics(
             partials, counts, stats, running_mean, running_var, momentum, momentum_rest, M, C, programs,
             channel_block, EPS, BLOCK_P, BLOCK_C, ACC,
         )  # fmt: skip
     elif NORMS == 2:
-        _finish_norm(
+        _merge_statistics(
             partials + 2 * programs * C, counts, stats + 2 * C, residual_running_mean, residual_running_var,
             residual_momentum, residual_momentum_rest, M, C, programs,
             channel_block - channel_blocks, RESIDUAL_EPS, BLOCK_P, BLOCK_C, ACC,
@@ -146,34 +194,61 @@ def _merge_statistics_kernel(
 def _normalise_kernel(
     x, residual, y, mask, mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
     G, S, C,
-    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y = relu(norm(x) + s), s nothing, ``residual`` or its norm, and the bits of y's gradient mask."""
+    """``_normalise`` as a launch of its own."""
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
     channel_block, program, programs, tiles = schedule(G, S, C, BLOCK_S, BLOCK_C)
-    c, c_inside = channels_of(channel_block, C, BLOCK_C)
-    m, _, scale, shift = load_norm(mean, rstd, weight, bias, c, c_inside, EPS, FROZEN, CHANNELS_LAST, ACC)
-    if residual_mean is not None:
-        residual_m, _, residual_scale, residual_shift = load_norm(
-            residual_mean, residual_rstd, residual_weight, residual_bias, c, c_inside,
-            RESIDUAL_EPS, FROZEN, CHANNELS_LAST, ACC,
-        )  # fmt: skip
+    _normalise(
+        x, residual, y, mask, mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
+        channel_block, program, programs, tiles, S, C,
+        EPS, RESIDUAL_EPS, FROZEN, REVERSED, EVICT, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
+    )  # fmt: skip
 
-    for tile in range(program, tiles, programs):
-        start, local, inside = locate(tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
-        z = affine(tl.load(x + start + local, mask=inside, other=0).to(ACC) - m, scale, shift)
-        if residual is not None:
-            s = tl.load(residual + start + local, mask=inside, other=0).to(ACC)
-            if residual_mean is not None:
-                s = affine(s - residual_m, residual_scale, residual_shift)
-            z += s
-        # NaN is not <= 0: it stays, as in torch.relu.
-        off = z <= 0
-        store(y + start + local, tl.where(off, 0, z), inside)
-        if mask is not None:
-            start, local, inside = locate_bits(tile, channel_block, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C)
-            tl.store(mask + start + local, pack_bits(~off), mask=inside)
+
+@triton.jit
+def _forward_kernel(
+    x, residual, y, mask, partials, stats, counters, running_mean, running_var, weight, bias,
+    residual_running_mean, residual_running_var, residual_weight, residual_bias,
+    momentum, momentum_rest, residual_momentum, residual_momentum_rest, M, G, S, C, programs, slice_blocks,
+    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, NORMS: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr,
+    BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Statistics, merge and normalise in one launch, ordered by tickets; ``residual`` is normed where NORMS is 2."""
+    S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
+    tiles = G * tl.cdiv(S, BLOCK_S)
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    second, channel_block, program = take_turn(counters, programs, slice_blocks, channel_blocks)
+    # The last slice may have fewer blocks than the others.
+    if channel_block < channel_blocks:
+        if second:
+            wait_for_second_phase(counters, channel_block, channel_blocks)
+            _normalise(
+                x, residual, y, mask, stats, stats + C, weight, bias,
+                stats + 2 * C if NORMS == 2 else None, stats + 3 * C if NORMS == 2 else None,
+                residual_weight, residual_bias, channel_block, program, programs, tiles, S, C,
+                EPS, RESIDUAL_EPS, False, REVERSED, EVICT, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
+            )  # fmt: skip
+        else:
+            _take_statistics(
+                x, residual if NORMS == 2 else None, partials, channel_block, program, programs, tiles, S, C,
+                CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
+            )  # fmt: skip
+            if is_last_to_arrive(counters, channel_block, programs):
+                counts = partials + 2 * NORMS * programs * C + channel_block * programs
+                _merge_statistics(
+                    partials, counts, stats, running_mean, running_var, momentum, momentum_rest, M, C, programs,
+                    channel_block, EPS, BLOCK_P, BLOCK_C, ACC,
+                )  # fmt: skip
+                if NORMS == 2:
+                    _merge_statistics(
+                        partials + 2 * programs * C, counts, stats + 2 * C,
+                        residual_running_mean, residual_running_var, residual_momentum, residual_momentum_rest,
+                        M, C, programs, channel_block, RESIDUAL_EPS, BLOCK_P, BLOCK_C, ACC,
+                    )  # fmt: skip
+                open_second_phase(counters, channel_block, channel_blocks)
 
 
 class Norm(NamedTuple):
@@ -193,16 +268,39 @@ def accumulator(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def tile_options(kernel: str, g: Geometry, acc: torch.dtype) -> tuple[tuple[int], dict]:
+def tile_options(kernel: str, g: Geometry, acc: torch.dtype) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the compile-time arguments that every streaming kernel takes."""
     launch = launch_table.streaming(kernel, g)
-    return launch.grid, {
+    return launch.grid, {**_tile_constants(g, acc, launch.block_positions, launch.block_channels, launch.warps)}
+
+
+def one_launch_options(launch: launch_table.OneLaunch, g: Geometry, acc: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments that both one-launch kernels take."""
+    return {
+        **_tile_constants(g, acc, launch.block_positions, launch.block_channels, launch.warps),
+        **second_phase_options(),
+        "BLOCK_P": launch.block_programs,
+    }
+
+
+def second_phase_options() -> dict[str, Any]:
+    """How the launch that reads an activation for the last time goes about it."""
+    return {
+        "REVERSED": launch_table.SECOND_PHASE_REVERSED,
+        "EVICT": "evict_first" if launch_table.SECOND_PHASE_EVICTS_FIRST else "",
+    }
+
+
+def _tile_constants(
+    g: Geometry, acc: torch.dtype, block_positions: int, block_channels: int, warps: int
+) -> dict[str, Any]:
+    return {
         "CHANNELS_LAST": g.channels_last,
         "ALIGN": math.gcd(g.inner, 16),
-        "BLOCK_S": launch.block_positions,
-        "BLOCK_C": launch.block_channels,
+        "BLOCK_S": block_positions,
+        "BLOCK_C": block_channels,
         "ACC": tl.float64 if acc is torch.float64 else tl.float32,
-        "num_warps": launch.warps,
+        "num_warps": warps,
     }
 
 
@@ -215,29 +313,6 @@ def means_and_rstds(stats: Tensor | None, norm: Norm | None, residual_norm: Norm
     return *first, *second
 
 
-def batch_statistics(x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None) -> Tensor:
-    """(mean, rstd) of ``x``, or (mean, rstd, mean, rstd) of both; running statistics are updated. Two launches."""
-    g = geometry(x)
-    acc = accumulator(x, residual)
-    norms = 1 if residual_norm is None else 2
-    normed_residual = None if residual_norm is None else residual
-    grid, options = tile_options("statistics", g, acc)
-    programs = launch_table.streaming("statistics", g).programs
-    partials = x.new_empty(programs * (2 * norms * g.channels + 1), dtype=acc)
-    _statistics_kernel[grid](x, normed_residual, partials, g.groups, g.positions, g.channels, **options)
-
-    stats = x.new_empty((2 * norms, g.channels), dtype=acc)
-    merge = launch_table.merge(programs, g.channels)
-    second = norm if residual_norm is None else residual_norm
-    _merge_statistics_kernel[(merge.channel_blocks * norms,)](
-        partials, stats, norm.running_mean, norm.running_var, second.running_mean, second.running_var,
-        *_float32_parts(norm.momentum), *_float32_parts(second.momentum), g.values, g.channels, programs,
-        EPS=norm.eps, RESIDUAL_EPS=second.eps, NORMS=norms, BLOCK_P=merge.block_programs,
-        BLOCK_C=merge.block_channels, ACC=options["ACC"], num_warps=merge.warps,
-    )  # fmt: skip
-    return stats
-
-
 def forward(
     x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, save_mask: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -245,7 +320,8 @@ def forward(
 
     s is nothing, ``residual``, or with ``residual_norm`` the batch norm of ``residual``. Returns y in the promoted
     dtype and the layout of ``x``; with ``save_mask``, in the middle form, the packed mask; with ``training`` the batch
-    statistics (mean, rstd[, mean, rstd]), float32 or float64. One launch, three with ``training``.
+    statistics (mean, rstd[, mean, rstd]), float32 or float64, after updating the running ones. One launch; three with
+    ``training``, or one and the clearing of its counters where the launch table says so.
     """
     x = dense(x)
     g = geometry(x)
@@ -253,20 +329,107 @@ def forward(
     if residual is not None:
         residual = in_layout_of(residual, x)
         dtype = torch.promote_types(dtype, residual.dtype)
-    stats = batch_statistics(x, residual, norm, residual_norm) if training else None
-    mean, rstd, residual_mean, residual_rstd = means_and_rstds(stats, norm, residual_norm)
     y = torch.empty_like(x, dtype=dtype)
     mask = None
     if save_mask and needs_mask(residual, residual_norm):
         mask = x.new_empty(g.mask_numel, dtype=torch.uint8)
+    acc = accumulator(x, residual)
+    if not training:
+        _launch_normalise(x, residual, y, mask, None, norm, residual_norm, g, acc)
+        return y, mask, None
+    stats = x.new_empty((2 if residual_norm is None else 4, g.channels), dtype=acc)
+    if launch_table.one_launch():
+        _launch_forward(x, residual, y, mask, stats, norm, residual_norm, g, acc)
+    else:
+        _launch_statistics(x, residual, stats, norm, residual_norm, g, acc)
+        _launch_normalise(x, residual, y, mask, stats, norm, residual_norm, g, acc)
+    return y, mask, stats
+
+
+def _launch_statistics(
+    x: Tensor,
+    residual: Tensor | None,
+    stats: Tensor,
+    norm: Norm,
+    residual_norm: Norm | None,
+    g: Geometry,
+    acc: torch.dtype,
+) -> None:
+    """Fills ``stats`` and updates the running statistics, in two launches."""
+    norms = 1 if residual_norm is None else 2
     second = norm if residual_norm is None else residual_norm
-    grid, options = tile_options("normalise", g, accumulator(x, residual))
+    launch = launch_table.streaming("statistics", g)
+    grid, options = tile_options("statistics", g, acc)
+    partials = _partial_statistics(x, norms, launch.programs, launch.channel_blocks, g, acc)
+    _statistics_kernel[grid](
+        x, None if residual_norm is None else residual, partials, g.groups, g.positions, g.channels, **options
+    )
+    merge = launch_table.merge(launch.programs, g.channels)
+    _merge_statistics_kernel[(merge.channel_blocks * norms,)](
+        partials, stats, norm.running_mean, norm.running_var, second.running_mean, second.running_var,
+        *_float32_parts(norm.momentum), *_float32_parts(second.momentum), g.values, g.channels, launch.programs,
+        EPS=norm.eps, RESIDUAL_EPS=second.eps, NORMS=norms, BLOCK_P=merge.block_programs,
+        BLOCK_C=merge.block_channels, ACC=options["ACC"], num_warps=merge.warps,
+    )  # fmt: skip
+
+
+def _launch_normalise(
+    x: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    mask: Tensor | None,
+    stats: Tensor | None,
+    norm: Norm,
+    residual_norm: Norm | None,
+    g: Geometry,
+    acc: torch.dtype,
+) -> None:
+    """Fills ``y`` and ``mask``, with the batch's statistics or, without them, the running ones."""
+    mean, rstd, residual_mean, residual_rstd = means_and_rstds(stats, norm, residual_norm)
+    second = norm if residual_norm is None else residual_norm
+    grid, options = tile_options("normalise", g, acc)
     _normalise_kernel[grid](
         x, residual, y, mask, mean, rstd, norm.weight, norm.bias,
         residual_mean, residual_rstd, second.weight, second.bias, g.groups, g.positions, g.channels,
-        EPS=norm.eps, RESIDUAL_EPS=second.eps, FROZEN=not training, **options,
+        EPS=norm.eps, RESIDUAL_EPS=second.eps, FROZEN=stats is None, **second_phase_options(), **options,
     )  # fmt: skip
-    return y, mask, stats
+
+
+def _launch_forward(
+    x: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    mask: Tensor | None,
+    stats: Tensor,
+    norm: Norm,
+    residual_norm: Norm | None,
+    g: Geometry,
+    acc: torch.dtype,
+) -> None:
+    """Fills ``stats``, ``y`` and ``mask`` and updates the running statistics, in one launch."""
+    norms = 1 if residual_norm is None else 2
+    second = norm if residual_norm is None else residual_norm
+    # What the second phase reads again, hopefully from the L2 cache: x, and the residual where it is normed.
+    reread = (
+        x.element_size() if residual_norm is None or residual is None else x.element_size() + residual.element_size()
+    )
+    launch = launch_table.one_launch_forward(g, reread, x.device)
+    partials = _partial_statistics(x, norms, launch.programs, launch.channel_blocks, g, acc)
+    _forward_kernel[launch.grid](
+        x, residual, y, mask, partials, stats, x.new_zeros(launch.counters, dtype=torch.int32),
+        norm.running_mean, norm.running_var, norm.weight, norm.bias,
+        second.running_mean, second.running_var, second.weight, second.bias,
+        *_float32_parts(norm.momentum), *_float32_parts(second.momentum),
+        g.values, g.groups, g.positions, g.channels, launch.programs, launch.slice_blocks,
+        EPS=norm.eps, RESIDUAL_EPS=second.eps, NORMS=norms, **one_launch_options(launch, g, acc),
+    )  # fmt: skip
+
+
+def _partial_statistics(
+    x: Tensor, norms: int, programs: int, channel_blocks: int, g: Geometry, acc: torch.dtype
+) -> Tensor:
+    """Room for each program's mean and M2 of its channels, and its counts."""
+    return x.new_empty(programs * (2 * norms * g.channels + channel_blocks), dtype=acc)
 
 
 def needs_mask(residual: Tensor | None, residual_norm: Norm | None) -> bool:

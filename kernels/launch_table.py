@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from typing import NamedTuple
+
+import torch
 
 from .geometry import Geometry
 
 
 class Entry(NamedTuple):
-    """elements: of a tile. inner: of them, side by side in memory. programs: at most in the grid. warps: of a program.
-
-    The tile of a tensor with few rows is longer along the inner axis.
-    """
+    """elements: of a tile. inner: those side by side in memory. programs: at most in the grid. warps: of a program."""
 
     elements: int
     inner: int
@@ -58,9 +58,29 @@ STREAMING: dict[tuple[str, bool], tuple[tuple[int | None, Entry], ...]] = {
     ("apply", True): ((None, Entry(2048, 64, 8192, 4)),),
     ("apply", False): ((None, Entry(1024, 64, 8192, 4)),),
 }  # fmt: skip
+# The second phase begins with the tiles that the first ended with, and lets go of what is read for the last time.
+SECOND_PHASE_REVERSED = True
+SECOND_PHASE_EVICTS_FIRST = True
+# Whether a training node takes one launch a direction, ordered by tickets, or three; RESFUSED_ONE_LAUNCH=1 tries it.
+ONE_LAUNCH = False
+# (kernel, channels_last) -> the tile; programs: at most in one phase of a slice.
+TICKETED: dict[tuple[str, bool], Entry] = {
+    ("forward", True): Entry(1024, 64, 1024, 4),
+    ("forward", False): Entry(1024, 64, 1024, 4),
+    ("backward", True): Entry(1024, 64, 1024, 4),
+    ("backward", False): Entry(1024, 64, 1024, 4),
+}
+# Of the L2 cache, what two slices may take: one between its phases, and the next one's first.
+L2_SHARE = 0.8
+# The narrowest slice of a channels_last tensor, in bytes.
+LEAST_SLICE = 64
+# Without a GPU to ask: an H100's.
+L2_BYTES = 50 * 2**20
 # Partial results of this many programs are merged side by side, for this many channels in a program.
 MERGE = (128, 8)
 MERGE_WARPS = 8
+# The same within a one-launch kernel, whose channels are the tile's: programs times channels.
+MERGED_ELEMENTS = 2048
 
 
 @lru_cache(maxsize=4096)
@@ -68,15 +88,78 @@ def streaming(kernel: str, g: Geometry) -> Launch:
     """The launch of a kernel that walks whole activations of geometry ``g``."""
     size = g.values * g.channels
     entry = next(e for limit, e in STREAMING[kernel, g.channels_last] if limit is None or size <= limit)
-    outer = g.positions if g.channels_last else g.channels
-    least_inner = entry.elements // _power_of_two(outer, 1, entry.elements)
-    inner_block = _power_of_two(g.inner, 8, max(entry.inner, least_inner))
-    outer_block = _power_of_two(outer, 1, entry.elements // inner_block)
-    positions, channels = (outer_block, inner_block) if g.channels_last else (inner_block, outer_block)
+    positions, channels = _tile(g, entry.elements, entry.inner)
     channel_blocks = -(-g.channels // channels)
     tiles = g.groups * -(-g.positions // positions)
     programs = min(tiles, max(1, entry.programs // channel_blocks))
     return Launch(positions, channels, channel_blocks, programs, entry.warps)
+
+
+class OneLaunch(NamedTuple):
+    """slice_blocks: channel blocks of a slice. programs: of a channel block, in either phase."""
+
+    block_positions: int
+    block_channels: int
+    block_programs: int
+    channel_blocks: int
+    slice_blocks: int
+    programs: int
+    warps: int
+
+    @property
+    def grid(self) -> tuple[int]:
+        slices = -(-self.channel_blocks // self.slice_blocks)
+        return (2 * slices * self.slice_blocks * self.programs,)
+
+    @property
+    def counters(self) -> int:
+        """One for the tickets, two for each channel block."""
+        return 1 + 2 * self.channel_blocks
+
+
+def one_launch() -> bool:
+    return ONE_LAUNCH or os.environ.get("RESFUSED_ONE_LAUNCH") == "1"
+
+
+def one_launch_forward(g: Geometry, reread: int, device: torch.device) -> OneLaunch:
+    """The ticketed forward; ``reread`` is the bytes that the second phase reads again, for each element."""
+    return _ticketed("forward", g, reread, _l2_bytes(device))
+
+
+def one_launch_backward(g: Geometry, reread: int, device: torch.device) -> OneLaunch:
+    """As ``one_launch_forward``."""
+    return _ticketed("backward", g, reread, _l2_bytes(device))
+
+
+@lru_cache(maxsize=4096)
+def _ticketed(kernel: str, g: Geometry, reread: int, l2_bytes: int) -> OneLaunch:
+    entry = TICKETED[kernel, g.channels_last]
+    fitting = int(l2_bytes * L2_SHARE) // (2 * g.values * reread)
+    inner = entry.inner
+    if g.channels_last and fitting < inner and fitting * reread >= LEAST_SLICE:
+        inner = max(LEAST_SLICE // reread, 1 << (fitting.bit_length() - 1))
+    positions, channels = _tile(g, entry.elements, inner)
+    channel_blocks = -(-g.channels // channels)
+    # Where not even one block fits, a single slice: both phases whole, one after the other.
+    slice_blocks = min(fitting // channels, channel_blocks) or channel_blocks
+    tiles = g.groups * -(-g.positions // positions)
+    programs = min(tiles, max(1, entry.programs // slice_blocks))
+    block_programs = _power_of_two(programs, 1, max(1, MERGED_ELEMENTS // channels))
+    return OneLaunch(positions, channels, block_programs, channel_blocks, slice_blocks, programs, entry.warps)
+
+
+@lru_cache(maxsize=16)
+def _l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else L2_BYTES
+
+
+def _tile(g: Geometry, elements: int, inner: int) -> tuple[int, int]:
+    """(positions, channels) of a tile; that of a tensor with few rows is longer along the inner axis."""
+    outer = g.positions if g.channels_last else g.channels
+    least_inner = elements // _power_of_two(outer, 1, elements)
+    inner_block = _power_of_two(g.inner, 8, max(inner, least_inner))
+    outer_block = _power_of_two(outer, 1, elements // inner_block)
+    return (outer_block, inner_block) if g.channels_last else (inner_block, outer_block)
 
 
 @lru_cache(maxsize=4096)

@@ -48,6 +48,15 @@ def schedule(G, S, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def in_order(step, tiles, REVERSED: tl.constexpr):
+    """The tile of a step. From the last to the first, a walk begins with what the one before it has left in cache."""
+    if REVERSED:
+        return tiles - 1 - step
+    else:
+        return step
+
+
+@triton.jit
 def positions_inside(tile, S, BLOCK_S: tl.constexpr):
     """Which of a tile's positions exist."""
     left = S - tl.cast(tile % tl.cdiv(S, BLOCK_S), tl.int64) * BLOCK_S
