@@ -18,13 +18,17 @@ FORMS = (NORM_RELU, NORM_ADD_RELU, NORM_ADD_NORM_RELU)
 
 @dataclass(frozen=True)
 class Node:
-    """``count`` equal nodes of one form, on activations of shape (N, channels, height, width)."""
+    """``count`` equal nodes of one form, on activations of shape (N, channels, height, width).
+
+    ``forked``: the output enters both the next block's first convolution and its shortcut, and so has two gradients.
+    """
 
     form: str
     channels: int
     height: int
     width: int
     count: int
+    forked: bool = False
 
     @property
     def norms(self) -> int:
@@ -38,24 +42,10 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Fork:
-    """``count`` activations that enter both a block's first convolution and its shortcut: their gradients are added."""
-
-    channels: int
-    height: int
-    width: int
-    count: int
-
-    @property
-    def elements(self) -> int:
-        """Elements of one activation, per image."""
-        return self.channels * self.height * self.width
-
-
-@dataclass(frozen=True)
 class Network:
     nodes: list[Node]
-    forks: list[Fork]
+    pooled_elements: int
+    """Elements per image of what leaves the stem's max-pool: it is forked too, and no node makes it."""
 
 
 def resnet18() -> Network:
@@ -78,28 +68,26 @@ def resnet50_nodes() -> list[Node]:
 
 def _network(depths: tuple[int, ...], bottleneck: bool) -> Network:
     """The nodes in the order of the forward pass, equal ones together, from the number of blocks of each stage."""
-    nodes = Counter([(NORM_RELU, 64, 112)])
-    forks: Counter[tuple[int, int]] = Counter()
+    nodes = Counter([(NORM_RELU, 64, 112, False)])
     # What leaves the stem's max-pool.
     channels, size = 64, 56
+    pooled_elements = channels * size * size
     for stage, depth in enumerate(depths):
         inner = 64 << stage
         outer = inner * 4 if bottleneck else inner
         for block in range(depth):
-            forks[channels, size] += 1
             if bottleneck:
-                nodes[NORM_RELU, inner, size] += 1
+                nodes[NORM_RELU, inner, size, False] += 1
             if stage > 0 and block == 0:
                 size //= 2
-            nodes[NORM_RELU, inner, size] += 1
+            nodes[NORM_RELU, inner, size, False] += 1
             # Only a stage's first block changes the shape; that of a basic ResNet's first stage does not.
             projected = block == 0 and channels != outer
-            nodes[NORM_ADD_NORM_RELU if projected else NORM_ADD_RELU, outer, size] += 1
+            ends = stage == len(depths) - 1 and block == depth - 1
+            nodes[NORM_ADD_NORM_RELU if projected else NORM_ADD_RELU, outer, size, not ends] += 1
             channels = outer
-    return Network(
-        [Node(form, channels, size, size, count) for (form, channels, size), count in nodes.items()],
-        [Fork(channels, size, size, count) for (channels, size), count in forks.items()],
-    )
+    found = [Node(form, channels, size, size, count, forked) for (form, channels, size, forked), count in nodes.items()]
+    return Network(found, pooled_elements)
 
 
 NETWORKS: dict[str, Callable[[], Network]] = {"resnet18": resnet18, "resnet50": resnet50}

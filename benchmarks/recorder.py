@@ -43,7 +43,8 @@ class _Accesses:
 
     def add(self, pointers: Any, mask: Any) -> None:
         size = max(8, pointers.get_element_ty().primitive_bitwidth) // 8
-        self._addresses[size].append(pointers.data[np.broadcast_to(mask, pointers.data.shape)])
+        # Computed masks can be integers, which would pick elements by number.
+        self._addresses[size].append(pointers.data[np.broadcast_to(mask, pointers.data.shape).astype(bool)])
 
     def unique_bytes(self) -> np.ndarray:
         """The address of every byte accessed at least once, ascending; forgets them."""

@@ -12,29 +12,35 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from nodes import FORMS, NETWORKS, NORM_ADD_RELU, NORM_RELU, Node
 from problems import DTYPES, LAYOUTS
 from recorder import Launch, record, require_interpreter
+from resfused.kernels import launch_table
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resfused import functional, reference
+from resfused import reference
+from resfused.arguments import Norm
+from resfused.dispatch import normalise_add_relu
 
-FORWARD, BACKWARD, EVAL = PHASES = ("forward", "backward", "eval")
+FORWARD, BACKWARD, FORKED, EVAL = PHASES = ("forward", "backward", "backward of a fork", "eval")
+SEPARATE, ONE_LAUNCH = WAYS = ("separate launches", "one launch")
 BATCH = 256
 # The interpreter needs about a second for a node of this many elements.
 COUNTED_ELEMENTS = 2**14
 # Autograd adds the two gradients of a forked activation in a kernel of its own: two reads, one write.
 FORK_PASSES = 3
-MODES = {"training step": (FORWARD, BACKWARD), "inference": (EVAL,)}
+TRAINING, INFERENCE = MODES = ("training step", "inference")
 
 Shape = tuple[int, int, int, int]
 
@@ -58,8 +64,11 @@ class LaunchTraffic:
         return self.channel_read + self.channel_written
 
 
-def count_node(form: str, phase: str, layout: str, dtype: torch.dtype, shape: Shape) -> list[LaunchTraffic]:
+def count_node(form: str, phase: str, way: str, layout: str, dtype: torch.dtype, shape: Shape) -> list[LaunchTraffic]:
     """The traffic of every launch of one node on activations of ``shape``; everything requires a gradient.
+
+    The backward of a fork is given two gradients of the output, which it adds. What one launch reads twice counts once,
+    as everywhere here: that the second reading finds its slice in the L2 cache is for a GPU to show.
 
     Bytes are counted at ``reduced(shape)``. An argument's share of bytes read and written there, times its size in the
     launches that the library makes for ``shape`` itself, is its traffic at ``shape``: so partial results, whose number
@@ -68,8 +77,8 @@ def count_node(form: str, phase: str, layout: str, dtype: torch.dtype, shape: Sh
     An argument is an activation if it has as many elements as one, or is a bit mask (uint8); others are per channel.
     Parameters and running statistics are float32, or float64 for float64.
     """
-    counted = _launches(form, phase, layout, dtype, reduced(shape, layout), execute=True)
-    real = _launches(form, phase, layout, dtype, shape, execute=False)
+    counted = _launches(form, phase, way, layout, dtype, reduced(shape, layout), execute=True)
+    real = _launches(form, phase, way, layout, dtype, shape, execute=False)
     if [launch.kernel for launch in counted] != [launch.kernel for launch in real]:
         raise RuntimeError(f"the launches of {form} at {shape} are not those at {reduced(shape, layout)}")
     return [_scaled(c, r, prod(shape), dtype.itemsize) for c, r in zip(counted, real, strict=True)]
@@ -99,24 +108,26 @@ def reduced(shape: Shape, layout: str) -> Shape:
     return 1, min(channels, max(1, COUNTED_ELEMENTS // (height * width))), height, width
 
 
-def _launches(form: str, phase: str, layout: str, dtype: torch.dtype, shape: Shape, execute: bool) -> list[Launch]:
-    if phase == EVAL:
-        return _run_node(form, False, layout, dtype, shape, execute)[0]
-    return _run_node(form, True, layout, dtype, shape, execute)[phase == BACKWARD]
+def _launches(
+    form: str, phase: str, way: str, layout: str, dtype: torch.dtype, shape: Shape, execute: bool
+) -> list[Launch]:
+    forked = phase == FORKED
+    forward, backward = _run_node(form, phase != EVAL, forked, way, layout, dtype, shape, execute)
+    return backward if phase in (BACKWARD, FORKED) else forward
 
 
 @cache
 def _run_node(
-    form: str, training: bool, layout: str, dtype: torch.dtype, shape: Shape, execute: bool
+    form: str, training: bool, forked: bool, way: str, layout: str, dtype: torch.dtype, shape: Shape, execute: bool
 ) -> tuple[list[Launch], list[Launch]]:
     """The launches of a node's forward and, with ``training``, of its backward."""
-    with record(execute) as launches:
-        y, inputs = _forward(functional, form, training, _activations(layout, dtype, shape, execute, 2))
+    with patch.object(launch_table, "ONE_LAUNCH", way == ONE_LAUNCH), record(execute) as launches:
+        outputs, inputs = _forward_pair(form, training, _activations(layout, dtype, shape, execute, 2))
         forward = launches.copy()
         launches.clear()
         if training:
-            (dy,) = _activations(layout, dtype, shape, execute, 1)
-            torch.autograd.grad(y, inputs, dy)
+            used = outputs if forked else outputs[:1]
+            torch.autograd.grad(used, inputs, _activations(layout, dtype, shape, execute, len(used)))
     return forward, launches
 
 
@@ -127,13 +138,9 @@ def _activations(layout: str, dtype: torch.dtype, shape: Shape, filled: bool, co
 
 
 def _forward(library: Any, form: str, training: bool, activations: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """A node's output and what it may be differentiated by; ``library`` is the fused functions or their composites."""
+    """A node's output and what it may be differentiated by; ``library`` has the functions of ``resfused.reference``."""
     x, residual = activations
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    running = [torch.ones(x.shape[1], dtype=dtype) for _ in range(4)]
-    parameters = [torch.ones(x.shape[1], dtype=dtype, requires_grad=training) for _ in range(4)]
-    for activation in activations:
-        activation.requires_grad_(training)
+    running, parameters = _vectors(activations, training)
     if form == NORM_RELU:
         y = library.batch_norm_relu(x, *running[:2], *parameters[:2], training)
         return y, [x, *parameters[:2]]
@@ -142,6 +149,30 @@ def _forward(library: Any, form: str, training: bool, activations: list[Tensor])
         return y, [x, residual, *parameters[:2]]
     y = library.batch_norm_add_batch_norm_relu(x, residual, *running, *parameters, training)
     return y, [x, residual, *parameters]
+
+
+def _forward_pair(form: str, training: bool, activations: list[Tensor]) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    """As ``_forward`` of the fused functions, with the output as the pair that feeds a fork."""
+    x, residual = activations
+    running, parameters = _vectors(activations, training)
+    weight, bias, *others = parameters
+    norm = Norm(weight, bias, running[0], running[1], 0.1, 1e-5)
+    other = Norm(others[0], others[1], running[2], running[3], 0.1, 1e-5)
+    if form == NORM_RELU:
+        return normalise_add_relu(x, None, norm, None, training, forked=True), [x, *parameters[:2]]
+    if form == NORM_ADD_RELU:
+        return normalise_add_relu(x, residual, norm, None, training, forked=True), [x, residual, *parameters[:2]]
+    return normalise_add_relu(x, residual, norm, other, training, forked=True), [x, residual, *parameters]
+
+
+def _vectors(activations: list[Tensor], training: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """(running statistics, parameters) of two norms; with ``training`` everything requires a gradient."""
+    x = activations[0]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    for activation in activations:
+        activation.requires_grad_(training)
+    running = [torch.ones(x.shape[1], dtype=dtype) for _ in range(4)]
+    return running, [torch.ones(x.shape[1], dtype=dtype, requires_grad=training) for _ in range(4)]
 
 
 class _EagerTraffic(TorchDispatchMode):
@@ -178,6 +209,8 @@ def eager_passes(form: str, phase: str) -> float:
     reads its inputs twice: for the statistics and for the result. So native_batch_norm 3 passes, 2 in eval mode;
     native_batch_norm_backward 5; add 3; relu 2; threshold_backward 3. Vectors over channels do not count.
     """
+    if phase == FORKED:
+        return eager_passes(form, BACKWARD) + FORK_PASSES
     shape: Shape = (2, 8, 4, 4)
     traffic = _EagerTraffic(prod(shape))
     activations = _activations("contiguous", torch.float32, shape, True, 2)
@@ -194,9 +227,10 @@ def eager_passes(form: str, phase: str) -> float:
 
 @dataclass(frozen=True)
 class NodeTraffic:
-    """One node in one layout: our launches and eager's passes, by phase."""
+    """One node in one layout, launched in one way: our launches and eager's passes, by phase."""
 
     form: str
+    way: str
     layout: str
     shape: Shape
     launches: dict[str, list[LaunchTraffic]]
@@ -210,13 +244,13 @@ class NodeTraffic:
 
 
 @cache
-def node_traffic(form: str, layout: str, dtype: torch.dtype, shape: Shape) -> NodeTraffic:
-    launches = {phase: count_node(form, phase, layout, dtype, shape) for phase in PHASES}
-    return NodeTraffic(form, layout, shape, launches, {phase: eager_passes(form, phase) for phase in PHASES})
+def node_traffic(form: str, way: str, layout: str, dtype: torch.dtype, shape: Shape) -> NodeTraffic:
+    launches = {phase: count_node(form, phase, way, layout, dtype, shape) for phase in PHASES}
+    return NodeTraffic(form, way, layout, shape, launches, {phase: eager_passes(form, phase) for phase in PHASES})
 
 
-def _at_batch(node: Node, layout: str, dtype: torch.dtype) -> NodeTraffic:
-    return node_traffic(node.form, layout, dtype, (BATCH, node.channels, node.height, node.width))
+def _at_batch(node: Node, way: str, layout: str, dtype: torch.dtype) -> NodeTraffic:
+    return node_traffic(node.form, way, layout, dtype, (BATCH, node.channels, node.height, node.width))
 
 
 @dataclass(frozen=True)
@@ -227,6 +261,7 @@ class Total:
     """
 
     network: str
+    way: str
     layout: str
     mode: str
     activation: float
@@ -243,66 +278,69 @@ class Total:
         return self.eager / self.ours
 
 
-def network_total(name: str, layout: str, dtype: torch.dtype, mode: str) -> Total:
+def network_total(name: str, way: str, layout: str, dtype: torch.dtype, mode: str) -> Total:
     """A training step (forward, backward and the addition of gradients at forks) or an inference.
 
-    Convolutions, pooling and the optimiser are not counted; of eager, nothing per channel.
+    The blocks stand in a ``resfused.Sequential`` each stage after the other; the fork behind the stem's max-pool is
+    autograd's. Convolutions, pooling and the optimiser are not counted; of eager, nothing per channel.
     """
     network = NETWORKS[name]()
     elements = sum(node.count * node.norms * node.elements for node in network.nodes)
-    forked = 0.0
-    if BACKWARD in MODES[mode]:
-        forked = FORK_PASSES * sum(fork.count * fork.elements for fork in network.forks) / elements
+    pooled = FORK_PASSES * network.pooled_elements / elements if mode == TRAINING else 0.0
+
+    def phases(node: Node) -> tuple[str, ...]:
+        return (FORWARD, FORKED if node.forked else BACKWARD) if mode == TRAINING else (EVAL,)
 
     def per_element(passes: Callable[[NodeTraffic, str], float]) -> float:
         weighted = (
-            node.count * node.elements * passes(_at_batch(node, layout, dtype), phase)
+            node.count * node.elements * passes(_at_batch(node, way, layout, dtype), phase)
             for node in network.nodes
-            for phase in MODES[mode]
+            for phase in phases(node)
         )
         return sum(weighted) / elements
 
     return Total(
         name,
+        way,
         layout,
         mode,
-        activation=per_element(NodeTraffic.activation) + forked,
+        activation=per_element(NodeTraffic.activation) + pooled,
         channel=per_element(NodeTraffic.channel),
-        eager=per_element(lambda t, phase: t.eager[phase]) + forked,
+        eager=per_element(lambda t, phase: t.eager[phase]) + pooled,
         elements=BATCH * elements,
     )
 
 
 def _node_table(traffic: list[NodeTraffic], dtype: str) -> Table:
     table = Table(title=f"Passes over memory of one node, {dtype}, batch {BATCH}: ours + per-channel part (eager)")
-    for header in ("layout", "form", "C", "HxW"):
+    for header in ("way", "layout", "form", "C", "HxW"):
         table.add_column(header)
     for phase in PHASES:
         table.add_column(phase, justify="right")
     for t in traffic:
         phases = [f"{t.activation(p):.4f} + {t.channel(p):.4f} ({t.eager[p]:.0f})" for p in PHASES]
         _, channels, height, width = t.shape
-        table.add_row(t.layout, t.form, str(channels), f"{height}x{width}", *phases)
+        table.add_row(t.way, t.layout, t.form, str(channels), f"{height}x{width}", *phases)
     return table
 
 
 def _launch_table(traffic: list[NodeTraffic]) -> Table:
-    """The launches of the first node of each form and layout."""
+    """The launches of the first node of each form, way and layout."""
     table = Table(title="Passes of each launch, the first node of each form above")
-    for header in ("layout", "form", "phase", "kernel"):
+    for header in ("way", "layout", "form", "phase", "kernel"):
         table.add_column(header)
     for header in ("read", "written", "per-channel read", "per-channel written"):
         table.add_column(header, justify="right")
-    first: dict[tuple[str, str], NodeTraffic] = {}
+    first: dict[tuple[str, str, str], NodeTraffic] = {}
     for t in traffic:
-        first.setdefault((t.layout, t.form), t)
+        first.setdefault((t.way, t.layout, t.form), t)
     for t in first.values():
         for phase in PHASES:
             for launch in t.launches[phase]:
                 numbers = (
                     launch.activation_read, launch.activation_written, launch.channel_read, launch.channel_written
                 )  # fmt: skip
-                table.add_row(t.layout, t.form, phase, launch.kernel, *(f"{n:.4f}" for n in numbers))
+                table.add_row(t.way, t.layout, t.form, phase, launch.kernel, *(f"{n:.4f}" for n in numbers))
         table.add_section()
     return table
 
@@ -317,7 +355,7 @@ def _total_table(totals: list[Total], dtype: str, bandwidth: float) -> Table:
         title=f"Whole networks, {dtype}, batch {BATCH}: passes per normalised element, convolutions excluded",
         caption=f"Times are computed, not measured: bytes / {bandwidth:g} TB/s.",
     )
-    for header in ("network", "layout", "mode"):
+    for header in ("network", "way", "layout", "mode"):
         table.add_column(header)
     for header in ("ours", "+ per-channel", "eager", "eager / ours", "ours GB", "eager GB", "ours ms", "eager ms"):
         table.add_column(header, justify="right")
@@ -325,7 +363,7 @@ def _total_table(totals: list[Total], dtype: str, bandwidth: float) -> Table:
         ours, eager = _gigabytes(total, DTYPES[dtype].itemsize)
         passes = (total.activation, total.channel, total.eager, total.ratio)
         table.add_row(
-            total.network, total.layout, total.mode, *(f"{p:.3f}" for p in passes),
+            total.network, total.way, total.layout, total.mode, *(f"{p:.3f}" for p in passes),
             f"{ours:.1f}", f"{eager:.1f}", f"{ours / bandwidth:.2f}", f"{eager / bandwidth:.2f}",
         )  # fmt: skip
     return table
@@ -352,13 +390,14 @@ def run(args: argparse.Namespace) -> int:
     if args.short:
         nodes = [next(node for node in nodes if node.form == form) for form in FORMS]
     console = Console()
-    wanted = [(node, layout) for layout in layouts for node in nodes]
-    counted = [_at_batch(node, layout, dtype) for node, layout in track(wanted, "Counting", console=console)]
+    wanted = list(product(WAYS, layouts, nodes))
+    counted = [_at_batch(node, way, layout, dtype) for way, layout, node in track(wanted, "Counting", console=console)]
     # Both networks have some nodes in common.
-    traffic = list({(t.layout, t.form, t.shape): t for t in counted}.values())
+    traffic = list({(t.way, t.layout, t.form, t.shape): t for t in counted}.values())
     totals = []
     if not args.short:
-        totals = [network_total(n, layout, dtype, mode) for n in networks for layout in layouts for mode in MODES]
+        cases = product(networks, WAYS, layouts)
+        totals = [network_total(*case, dtype, mode) for case in cases for mode in MODES]
     console.print(_node_table(traffic, args.dtype))
     if totals:
         console.print(_launch_table(traffic))

@@ -325,7 +325,7 @@ def backward(
         g,
         accumulator(x, residual, dy),
     )
-    if stats is not None and any(t is not None for t in (dx, dresidual)) and launch_table.one_launch():
+    if stats is not None and any(t is not None for t in (dx, dresidual)) and launch_table.ONE_LAUNCH:
         _launch_backward(call, dz, dx, dresidual, parameters)
     else:
         _launch_phases(call, dz, dx, dresidual, parameters, frozen=stats is None)
@@ -395,7 +395,7 @@ def _launch_backward(
     x, g = call.x, call.g
     # What the second phase reads again, hopefully from the L2 cache; the mask is a bit an element.
     reread = sum(t.element_size() for t in (*call.gradients, x, call.residual) if t is not None)
-    launch = launch_table.one_launch_backward(g, reread, x.device)
+    launch = launch_table.ticketed("backward", g, reread, launch_table.l2_bytes(x.device))
     partials = x.new_empty((call.rows, launch.programs, g.channels), dtype=call.acc)
     _backward_kernel[launch.grid](
         *call.gradients, x, call.residual, call.mask, dz, dx, dresidual, partials,

@@ -338,7 +338,7 @@ def forward(
         _launch_normalise(x, residual, y, mask, None, norm, residual_norm, g, acc)
         return y, mask, None
     stats = x.new_empty((2 if residual_norm is None else 4, g.channels), dtype=acc)
-    if launch_table.one_launch():
+    if launch_table.ONE_LAUNCH:
         _launch_forward(x, residual, y, mask, stats, norm, residual_norm, g, acc)
     else:
         _launch_statistics(x, residual, stats, norm, residual_norm, g, acc)
@@ -413,7 +413,7 @@ def _launch_forward(
     reread = (
         x.element_size() if residual_norm is None or residual is None else x.element_size() + residual.element_size()
     )
-    launch = launch_table.one_launch_forward(g, reread, x.device)
+    launch = launch_table.ticketed("forward", g, reread, launch_table.l2_bytes(x.device))
     partials = _partial_statistics(x, norms, launch.programs, launch.channel_blocks, g, acc)
     _forward_kernel[launch.grid](
         x, residual, y, mask, partials, stats, x.new_zeros(launch.counters, dtype=torch.int32),

@@ -61,8 +61,8 @@ STREAMING: dict[tuple[str, bool], tuple[tuple[int | None, Entry], ...]] = {
 # The second phase begins with the tiles that the first ended with, and lets go of what is read for the last time.
 SECOND_PHASE_REVERSED = True
 SECOND_PHASE_EVICTS_FIRST = True
-# Whether a training node takes one launch a direction, ordered by tickets, or three; RESFUSED_ONE_LAUNCH=1 tries it.
-ONE_LAUNCH = False
+# Whether a training node takes one launch a direction, ordered by tickets, or three. Three until a GPU has run the one.
+ONE_LAUNCH = os.environ.get("RESFUSED_ONE_LAUNCH", "0") == "1"
 # (kernel, channels_last) -> the tile; programs: at most in one phase of a slice.
 TICKETED: dict[tuple[str, bool], Entry] = {
     ("forward", True): Entry(1024, 64, 1024, 4),
@@ -117,22 +117,9 @@ class OneLaunch(NamedTuple):
         return 1 + 2 * self.channel_blocks
 
 
-def one_launch() -> bool:
-    return ONE_LAUNCH or os.environ.get("RESFUSED_ONE_LAUNCH") == "1"
-
-
-def one_launch_forward(g: Geometry, reread: int, device: torch.device) -> OneLaunch:
-    """The ticketed forward; ``reread`` is the bytes that the second phase reads again, for each element."""
-    return _ticketed("forward", g, reread, _l2_bytes(device))
-
-
-def one_launch_backward(g: Geometry, reread: int, device: torch.device) -> OneLaunch:
-    """As ``one_launch_forward``."""
-    return _ticketed("backward", g, reread, _l2_bytes(device))
-
-
 @lru_cache(maxsize=4096)
-def _ticketed(kernel: str, g: Geometry, reread: int, l2_bytes: int) -> OneLaunch:
+def ticketed(kernel: str, g: Geometry, reread: int, l2_bytes: int) -> OneLaunch:
+    """The one launch of a direction; ``reread``: the bytes of each element that its second phase reads again."""
     entry = TICKETED[kernel, g.channels_last]
     fitting = int(l2_bytes * L2_SHARE) // (2 * g.values * reread)
     inner = entry.inner
@@ -149,7 +136,8 @@ def _ticketed(kernel: str, g: Geometry, reread: int, l2_bytes: int) -> OneLaunch
 
 
 @lru_cache(maxsize=16)
-def _l2_bytes(device: torch.device) -> int:
+def l2_bytes(device: torch.device) -> int:
+    """The size of a device's L2 cache."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else L2_BYTES
 
 

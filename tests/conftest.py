@@ -32,12 +32,24 @@ def small_launches(monkeypatch):
 
     entry = launch_table.Entry(elements=64, inner=16, programs=12, warps=1)
     monkeypatch.setattr(launch_table, "STREAMING", dict.fromkeys(launch_table.STREAMING, ((None, entry),)))
+    monkeypatch.setattr(launch_table, "TICKETED", dict.fromkeys(launch_table.TICKETED, entry))
     monkeypatch.setattr(launch_table, "MERGE", (2, 4))
-    for cached in (launch_table.streaming, launch_table.merge):
-        cached.cache_clear()
+    monkeypatch.setattr(launch_table, "MERGED_ELEMENTS", 32)
+    cached = (launch_table.streaming, launch_table.ticketed, launch_table.merge)
+    for function in cached:
+        function.cache_clear()
     yield
-    for cached in (launch_table.streaming, launch_table.merge):
-        cached.cache_clear()
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.fixture(params=["separate launches", "one launch"])
+def launches(request, monkeypatch):
+    """Both ways to launch a training node."""
+    from resfused.kernels import launch_table
+
+    monkeypatch.setattr(launch_table, "ONE_LAUNCH", request.param == "one launch")
+    return request.param
 
 
 def pytest_collection_modifyitems(items):

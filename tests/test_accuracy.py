@@ -18,7 +18,7 @@ from resfused import reference
     [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float16, torch.float16)],
     ids=["bfloat16", "float16", "all float16"],
 )
-def test_low_precision_is_no_worse_than_twice_eager(form, layout, training, dtype, parameter_dtype, device):
+def test_low_precision_is_no_worse_than_twice_eager(form, layout, training, dtype, parameter_dtype, device, launches):
     """Against float64 on the same inputs, normwise, output and every gradient."""
     p = problem(form, (4, 24, 7, 8), dtype, device, training=training, layout=layout, parameter_dtype=parameter_dtype)
     ours, eager, exact = run(fused, p), run(reference, p), run(reference, p, torch.float64)
@@ -30,7 +30,7 @@ def test_low_precision_is_no_worse_than_twice_eager(form, layout, training, dtyp
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", FORMS)
-def test_mean_far_over_std(form, layout, device, small_launches):
+def test_mean_far_over_std(form, layout, device, small_launches, launches):
     """Mean 1e4, std 1, where Σx² - (Σx)² keeps no digit of the variance in float32.
 
     What remains is the rounding of a mean to float32, mean·2^-24, in units of std: on x̂ and so on everything.
@@ -44,7 +44,7 @@ def test_mean_far_over_std(form, layout, device, small_launches):
     assert relative_error(ours["running_var"], exact["running_var"]) < 1e4 * 2**-24 / 10
 
 
-def test_first_rows_far_from_the_rest(device, small_launches):
+def test_first_rows_far_from_the_rest(device, small_launches, launches):
     """Parts of a channel with means far apart: what the merge of partial statistics must get right."""
     p = problem("norm+relu", (16, 5, 6, 6), torch.float32, device)
     x = p.tensors["input"].clone()
@@ -106,7 +106,7 @@ def test_no_gradient_at_exact_zero(form, training, device):
             assert (results[name] == 0).all(), name
 
 
-def test_running_statistics_to_the_bit(device):
+def test_running_statistics_to_the_bit(device, launches):
     """Sums of small integers over 2^k values are exact in any order: only the formula can differ."""
     x = torch.randint(-8, 8, (4, 6, 4, 4)).to(device, torch.float32)
     for momentum in (0.0, 0.25, 0.5, 1.0):
@@ -138,7 +138,7 @@ def test_eps_is_not_rounded_to_float32(device):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_results_repeat_bit_for_bit(form, layout, device, small_launches):
+def test_results_repeat_bit_for_bit(form, layout, device, small_launches, launches):
     p = problem(form, (3, 20, 7, 7), torch.float32, device, layout=layout)
     first, second = run(fused, p), run(fused, p)
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -41,14 +41,14 @@ def test_values(form, shape, layout, training, device):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(3, 37, 5, 5), (2, 16, 8, 8), (3, 3, 9, 31)], ids=str)
-def test_values_when_every_loop_turns(form, shape, layout, training, device, small_launches):
+def test_values_when_every_loop_turns(form, shape, layout, training, device, small_launches, launches):
     for dtype in (torch.float64, torch.float32):
         check(problem(form, shape, dtype, device, training=training, layout=layout))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_values_of_any_shape(data, device, small_launches):
+def test_values_of_any_shape(data, device, small_launches, launches):
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=5), label="shape"))
     training = data.draw(st.booleans(), label="training")
     if training and torch.Size(shape).numel() == shape[1]:
@@ -59,7 +59,7 @@ def test_values_of_any_shape(data, device, small_launches):
     check(problem(form, shape, torch.float64, device, training=training, layout=layout))
 
 
-def test_values_of_many_elements(device):
+def test_values_of_many_elements(device, launches):
     check(problem("norm+add+relu", (6, 65, 56, 56), torch.float32, device, layout="channels_last"))
     check(problem("norm+add(norm)+relu", (3, 5, 112, 112), torch.float32, device))
 
@@ -130,7 +130,7 @@ def test_absent_running_statistics(form, device):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
-def test_any_subset_of_gradients(form, training, device):
+def test_any_subset_of_gradients(form, training, device, launches):
     p = problem(form, (3, 5, 2, 3), torch.float64, device, training=training)
     names = [n for n in ("input", "residual", *PARAMETERS) if n in p.tensors]
     for subset in chain.from_iterable(combinations(names, size) for size in range(len(names) + 1)):
@@ -144,7 +144,7 @@ def test_any_subset_of_gradients(form, training, device):
      (torch.float32, torch.float16), (torch.bfloat16, torch.float16)],
     ids=str,
 )  # fmt: skip
-def test_two_dtypes_promote_as_in_eager(form, input_dtype, residual_dtype, device):
+def test_two_dtypes_promote_as_in_eager(form, input_dtype, residual_dtype, device, launches):
     p = problem(form, (4, 8, 3, 3), input_dtype, device)
     residual = p.tensors["residual"].to(residual_dtype)
     vectors = {n: t.to(residual_dtype) for n, t in p.tensors.items() if n.startswith("residual_")}

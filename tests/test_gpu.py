@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_more_than_2_to_the_31_elements(layout, device):
+def test_more_than_2_to_the_31_elements(layout, device, launches):
     """The last rows of a tensor whose offsets pass 32 bits, forward and backward, against the same rows alone."""
     shape = (33, 64, 1024, 1024)
     needed = 33 * 2**26 * 2 * 6
@@ -48,7 +48,7 @@ def test_more_than_2_to_the_31_elements(layout, device):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_on_a_second_stream(form, device):
+def test_on_a_second_stream(form, device, launches):
     """Launches follow the current stream: a long wait ahead of them on it holds them back, and only them."""
     p = problem(form, (8, 64, 28, 28), torch.float32, device)
     expected = run(fused, p)
@@ -67,7 +67,7 @@ def test_on_a_second_stream(form, device):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
-def test_in_a_cuda_graph(form, training, device):
+def test_in_a_cuda_graph(form, training, device, launches):
     p = problem(form, (8, 64, 14, 14), torch.float32, device, training=training, layout="channels_last")
     static = p.tensors["input"].clone(memory_format=torch.preserve_format)
     q = p.with_(input=static)

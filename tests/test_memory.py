@@ -44,7 +44,7 @@ def untouched(zone):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
 @pytest.mark.parametrize("shape", [(3, 37, 5, 5), (2, 16, 3, 8), (5, 3, 1, 1), (2, 1, 3, 3)], ids=str)
-def test_outputs_whole_and_surroundings_untouched(form, layout, training, shape, device, guarded, request):
+def test_outputs_whole_and_surroundings_untouched(form, layout, training, shape, device, guarded, request, launches):
     for small in (False, True):
         if small:
             request.getfixturevalue("small_launches")
@@ -61,7 +61,7 @@ def test_outputs_whole_and_surroundings_untouched(form, layout, training, shape,
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_inputs_are_not_read_beyond_their_ends(form, layout, device):
+def test_inputs_are_not_read_beyond_their_ends(form, layout, device, launches):
     """Every tensor lies between NaNs: one that is read into a result shows."""
     p = problem(form, (3, 19, 5, 3), torch.float32, device, layout=layout)
 

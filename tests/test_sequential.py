@@ -69,7 +69,7 @@ class Additions(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_chain_of_four(layout, device):
+def test_chain_of_four(layout, device, launches):
     ours, eager = chains(device)
     x = in_layout(torch.randn(2, 4, 6, 5, dtype=torch.float64, device=device), layout)
     for _ in range(2):
