@@ -404,7 +404,7 @@ def read_amdgcn(assembly: str) -> tuple[list[Instruction], int, int]:
 
 
 @contextmanager
-def _compiler_environment() -> Iterator[None]:
+def compiler_environment() -> Iterator[None]:
     """Processes started within it compile, whatever this one does, and find nothing compiled before."""
     before = dict(os.environ)
     with tempfile.TemporaryDirectory() as cache:
@@ -419,7 +419,7 @@ def _compiler_environment() -> Iterator[None]:
 
 def audit(tasks: list[Task], console: Console) -> list[Row]:
     """The rows of all tasks, compiled in processes of their own."""
-    with _compiler_environment(), ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
+    with compiler_environment(), ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(rows_of, task) for task in tasks]
         finished = track(as_completed(futures), "compiling", total=len(futures), console=console)
         return sorted((row for future in finished for row in future.result()), key=_order)

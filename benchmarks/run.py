@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-if not torch.cuda.is_available():
-    # Read when the kernels are defined, so before the first import of resfused.
+if __name__ == "__main__" and not torch.cuda.is_available():
+    # Read when the kernels are defined, so before the first import of resfused; not in processes that compile.
     os.environ["TRITON_INTERPRET"] = "1"
 
 if not sys.stdout.isatty():
@@ -22,6 +22,7 @@ if not sys.stdout.isatty():
     os.environ["COLUMNS"] = "150"
 
 import audit
+import host
 import timing
 import traffic
 from gate import run_gate
@@ -30,7 +31,7 @@ from problems import DTYPES, LAYOUTS
 from results import write
 from rich.console import Console
 
-COMMANDS = {"traffic": traffic, "audit": audit}
+COMMANDS = {"traffic": traffic, "audit": audit, "host": host}
 
 
 def main(arguments: list[str] | None = None) -> int:

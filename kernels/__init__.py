@@ -2,6 +2,7 @@
 
 from triton import knobs
 
+from . import launch_table
 from .backward import Gradients, backward
 from .forward import Norm, accumulator, forward
 from .geometry import dense, geometry, unpack_mask
@@ -18,5 +19,6 @@ __all__ = [
     "dense",
     "forward",
     "geometry",
+    "launch_table",
     "unpack_mask",
 ]

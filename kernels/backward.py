@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch_table
-from .forward import Norm, accumulator, means_and_rstds, one_launch_options, second_phase_options, tile_options
+from .forward import Norm, accumulator, means_and_rstds, one_launch_options, tile_options
 from .geometry import Geometry, dense, geometry, in_layout_of
 from .tickets import is_last_to_arrive, open_second_phase, take_turn, wait_for_second_phase
 from .tile import (
@@ -384,7 +384,7 @@ def _launch_phases(
         grid, options = tile_options("apply", g, call.acc)
         _apply_kernel[grid](
             *((dz, None) if is_dz else call.gradients), x, call.residual, call.mask, sums, *waiting, *call.norms,
-            g.values, *sizes, IS_DZ=is_dz, **second_phase_options(), **options,
+            g.values, *sizes, IS_DZ=is_dz, **options,
         )  # fmt: skip
 
 

@@ -271,20 +271,18 @@ def accumulator(*tensors: Tensor | None) -> torch.dtype:
 def tile_options(kernel: str, g: Geometry, acc: torch.dtype) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the compile-time arguments that every streaming kernel takes."""
     launch = launch_table.streaming(kernel, g)
-    return launch.grid, {**_tile_constants(g, acc, launch.block_positions, launch.block_channels, launch.warps)}
+    constants = _tile_constants(g, acc, launch.block_positions, launch.block_channels, launch.warps)
+    return launch.grid, constants | _order_constants() if kernel in ("normalise", "apply") else constants
 
 
 def one_launch_options(launch: launch_table.OneLaunch, g: Geometry, acc: torch.dtype) -> dict[str, Any]:
     """The compile-time arguments that both one-launch kernels take."""
-    return {
-        **_tile_constants(g, acc, launch.block_positions, launch.block_channels, launch.warps),
-        **second_phase_options(),
-        "BLOCK_P": launch.block_programs,
-    }
+    constants = _tile_constants(g, acc, launch.block_positions, launch.block_channels, launch.warps)
+    return constants | _order_constants() | {"BLOCK_P": launch.block_programs}
 
 
-def second_phase_options() -> dict[str, Any]:
-    """How the launch that reads an activation for the last time goes about it."""
+def _order_constants() -> dict[str, Any]:
+    """How the second phase, which reads an activation for the last time, goes about it."""
     return {
         "REVERSED": launch_table.SECOND_PHASE_REVERSED,
         "EVICT": "evict_first" if launch_table.SECOND_PHASE_EVICTS_FIRST else "",
@@ -391,7 +389,7 @@ def _launch_normalise(
     _normalise_kernel[grid](
         x, residual, y, mask, mean, rstd, norm.weight, norm.bias,
         residual_mean, residual_rstd, second.weight, second.bias, g.groups, g.positions, g.channels,
-        EPS=norm.eps, RESIDUAL_EPS=second.eps, FROZEN=stats is None, **second_phase_options(), **options,
+        EPS=norm.eps, RESIDUAL_EPS=second.eps, FROZEN=stats is None, **options,
     )  # fmt: skip
 
 
