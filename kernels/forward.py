@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -268,6 +269,7 @@ def accumulator(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+@lru_cache(maxsize=4096)
 def tile_options(kernel: str, g: Geometry, acc: torch.dtype) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the compile-time arguments that every streaming kernel takes."""
     launch = launch_table.streaming(kernel, g)
@@ -275,6 +277,7 @@ def tile_options(kernel: str, g: Geometry, acc: torch.dtype) -> tuple[tuple[int]
     return launch.grid, constants | _order_constants() if kernel in ("normalise", "apply") else constants
 
 
+@lru_cache(maxsize=4096)
 def one_launch_options(launch: launch_table.OneLaunch, g: Geometry, acc: torch.dtype) -> dict[str, Any]:
     """The compile-time arguments that both one-launch kernels take."""
     constants = _tile_constants(g, acc, launch.block_positions, launch.block_channels, launch.warps)

@@ -29,13 +29,14 @@ def device():
 def small_launches(monkeypatch):
     """Tiles and grids so small that every loop turns, every tail is ragged and every merge has parts."""
     from resfused.kernels import launch_table
+    from resfused.kernels.forward import tile_options
 
     entry = launch_table.Entry(elements=64, inner=16, programs=12, warps=1)
     monkeypatch.setattr(launch_table, "STREAMING", dict.fromkeys(launch_table.STREAMING, ((None, entry),)))
     monkeypatch.setattr(launch_table, "TICKETED", dict.fromkeys(launch_table.TICKETED, entry))
     monkeypatch.setattr(launch_table, "MERGE", (2, 4))
     monkeypatch.setattr(launch_table, "MERGED_ELEMENTS", 32)
-    cached = (launch_table.streaming, launch_table.ticketed, launch_table.merge)
+    cached = (launch_table.streaming, launch_table.ticketed, launch_table.merge, tile_options)
     for function in cached:
         function.cache_clear()
     yield
