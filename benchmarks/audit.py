@@ -235,7 +235,7 @@ def row_of(task: Task, shape: tuple[int, ...], form: str, phase: str, g: Geometr
     warps = kernel.metadata.num_warps
     resident = resident_programs(architecture, warps, registers, kernel.metadata.shared)
     loaded = sum(a.itemsize for a in activations if a.loads)
-    in_flight = tile_elements_inside(name, g) * loaded if streams else 0.0
+    in_flight = tile_elements_inside(name, g, task.dtype == "float64") * loaded if streams else 0.0
     return Row(
         architecture=task.architecture,
         kernel=name,
@@ -260,7 +260,7 @@ def row_of(task: Task, shape: tuple[int, ...], form: str, phase: str, g: Geometr
         offset_bits=min((a.offset_bits for a in accesses), default=64),
         resident_warps=resident * warps,
         in_flight=int(in_flight * min(resident, math.prod(launch.grid) / architecture.multiprocessors)),
-        available=g.values * g.channels * loaded // architecture.multiprocessors,
+        available=g.numel * loaded // architecture.multiprocessors,
     )
 
 
@@ -274,11 +274,11 @@ def resident_programs(architecture: Architecture, warps: int, registers: int, sh
     return min(architecture.blocks, architecture.warps // warps, by_registers // warps, by_shared)
 
 
-def tile_elements_inside(kernel: str, g: Geometry) -> float:
+def tile_elements_inside(kernel: str, g: Geometry, wide: bool) -> float:
     """Elements of a tile, on average, that are inside the shape."""
-    launch = launch_table.streaming(kernel, g)
+    launch = launch_table.streaming(kernel, g, wide)
     tiles = g.groups * -(-g.positions // launch.block_positions) * launch.channel_blocks
-    return g.values * g.channels / tiles
+    return g.numel / tiles
 
 
 def least_width(activations: list[Access], g: Geometry, threads: int) -> int:

@@ -105,7 +105,9 @@ def reduced(shape: Shape, layout: str) -> Shape:
         return shape
     if layout == "channels_last":
         return 1, channels, 1, max(2, COUNTED_ELEMENTS // channels)
-    return 1, min(channels, max(1, COUNTED_ELEMENTS // (height * width))), height, width
+    # As few images as leave the kernels the walk that they take through the whole shape.
+    images = launch_table.COLUMNS_LEAST_IMAGES if launch_table.walks_columns(shape[0], height * width) else 1
+    return images, min(channels, max(1, COUNTED_ELEMENTS // (images * height * width))), height, width
 
 
 def _launches(

@@ -22,6 +22,7 @@ from .tile import (
     load_norm,
     locate,
     locate_bits,
+    locate_partials,
     schedule,
     store,
     unpack_bits,
@@ -57,19 +58,19 @@ def _reduce(
     dy, dy_fork, x, residual, mask, dz_out, dx, dresidual, partials,
     mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
     channel_block, program, programs, tiles, S, C,
-    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, PLANE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A program's Σ dz, Σ dz·x̂ (and Σ dz·ŝ), and every gradient that needs no sum: dz, and all when FROZEN."""
     c, c_inside = channels_of(channel_block, C, BLOCK_C)
-    m, r, scale, shift = load_norm(mean, rstd, weight, bias, c, c_inside, EPS, FROZEN, CHANNELS_LAST, ACC)
+    m, r, scale, shift = load_norm(mean, rstd, weight, bias, c, c_inside, EPS, FROZEN, PLANE, CHANNELS_LAST, ACC)
     TILE: tl.constexpr = (BLOCK_S, BLOCK_C) if CHANNELS_LAST else (BLOCK_C, BLOCK_S)
     sum_dz = tl.zeros(TILE, ACC)
     sum_dz_x = tl.zeros(TILE, ACC)
     if residual is not None:
         residual_m, residual_r, residual_scale, residual_shift = load_norm(
             residual_mean, residual_rstd, residual_weight, residual_bias, c, c_inside,
-            RESIDUAL_EPS, FROZEN, CHANNELS_LAST, ACC,
+            RESIDUAL_EPS, FROZEN, PLANE, CHANNELS_LAST, ACC,
         )  # fmt: skip
         sum_dz_residual = tl.zeros(TILE, ACC)
 
@@ -107,16 +108,15 @@ def _reduce(
 @triton.jit
 def _merge_sums(
     partials, sums, dweight, dbias, dresidual_weight, dresidual_bias, C, programs, channel_block,
-    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, PLANE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The partial sums of all programs added in a fixed order, and the parameters' gradients, which they are."""
     c, c_inside = channels_of(channel_block, C, BLOCK_C)
     for row in tl.static_range(ROWS):
         total = tl.zeros((BLOCK_P, BLOCK_C), ACC)
-        for first in range(0, programs, BLOCK_P):
-            p = first + tl.arange(0, BLOCK_P)
-            at = (row * programs + p)[:, None] * C + c[None, :]
-            total += tl.load(partials + at, mask=(p < programs)[:, None] & c_inside[None, :], other=0)
+        for first in range(0, programs * PLANE, BLOCK_P):
+            at, inside, _, _ = locate_partials(first, c, c_inside, C, programs, PLANE, BLOCK_P)
+            total += tl.load(partials + row * programs * C * PLANE + at, mask=inside, other=0)
         value = tl.sum(total, axis=0)
         tl.store(sums + row * C + c, value, mask=c_inside)
         if row == 0:
@@ -143,19 +143,31 @@ def _apply(
     gradient, gradient_fork, x, residual, mask, sums, dz_out, dx, dresidual,
     mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
     channel_block, program, programs, tiles, M, S, C,
-    IS_DZ: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    IS_DZ: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr, PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The inputs' gradients that waited for the merged sums, from ``gradient``: dz, or dy (in two)."""
     c, c_inside = channels_of(channel_block, C, BLOCK_C)
-    m, r, scale, shift = load_norm(mean, rstd, weight, bias, c, c_inside, 0.0, False, CHANNELS_LAST, ACC)
-    mean_dz = by_channel(tl.load(sums + c, mask=c_inside, other=0) / M, CHANNELS_LAST)
-    mean_dz_x = by_channel(tl.load(sums + C + c, mask=c_inside, other=0) / M, CHANNELS_LAST)
+    m, r, scale, shift = load_norm(mean, rstd, weight, bias, c, c_inside, 0.0, False, PLANE, CHANNELS_LAST, ACC)
+    mean_dz = by_channel(tl.load(sums + c // PLANE, mask=c_inside, other=0) / M, CHANNELS_LAST)
+    mean_dz_x = by_channel(tl.load(sums + C // PLANE + c // PLANE, mask=c_inside, other=0) / M, CHANNELS_LAST)
     if residual is not None:
         residual_m, residual_r, residual_scale, residual_shift = load_norm(
-            residual_mean, residual_rstd, residual_weight, residual_bias, c, c_inside, 0.0, False, CHANNELS_LAST, ACC
+            residual_mean,
+            residual_rstd,
+            residual_weight,
+            residual_bias,
+            c,
+            c_inside,
+            0.0,
+            False,
+            PLANE,
+            CHANNELS_LAST,
+            ACC,
         )
-        mean_dz_residual = by_channel(tl.load(sums + 2 * C + c, mask=c_inside, other=0) / M, CHANNELS_LAST)
+        mean_dz_residual = by_channel(
+            tl.load(sums + 2 * (C // PLANE) + c // PLANE, mask=c_inside, other=0) / M, CHANNELS_LAST
+        )
 
     for step in range(program, tiles, programs):
         tile = in_order(step, tiles, REVERSED)
@@ -183,8 +195,8 @@ def _apply(
 def _reduce_kernel(
     dy, dy_fork, x, residual, mask, dz_out, dx, dresidual, partials,
     mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias, G, S, C,
-    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, PLANE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``_reduce`` as a launch of its own."""
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
@@ -193,19 +205,19 @@ def _reduce_kernel(
         dy, dy_fork, x, residual, mask, dz_out, dx, dresidual, partials,
         mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
         channel_block, program, programs, tiles, S, C,
-        EPS, RESIDUAL_EPS, FROZEN, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
+        EPS, RESIDUAL_EPS, FROZEN, PLANE, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
     )  # fmt: skip
 
 
 @triton.jit
 def _merge_sums_kernel(
     partials, sums, dweight, dbias, dresidual_weight, dresidual_bias, C, programs,
-    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, PLANE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``_merge_sums`` as a launch of its own."""
     _merge_sums(
         partials, sums, dweight, dbias, dresidual_weight, dresidual_bias, C, programs, tl.program_id(0),
-        ROWS, BLOCK_P, BLOCK_C, ACC,
+        ROWS, PLANE, BLOCK_P, BLOCK_C, ACC,
     )  # fmt: skip
 
 
@@ -213,7 +225,7 @@ def _merge_sums_kernel(
 def _apply_kernel(
     gradient, gradient_fork, x, residual, mask, sums, dx, dresidual,
     mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias, M, G, S, C,
-    IS_DZ: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    IS_DZ: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr, PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``_apply`` as a launch of its own."""
@@ -223,7 +235,7 @@ def _apply_kernel(
         gradient, gradient_fork, x, residual, mask, sums, None, dx, dresidual,
         mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
         channel_block, program, programs, tiles, M, S, C,
-        IS_DZ, REVERSED, EVICT, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
+        IS_DZ, REVERSED, EVICT, PLANE, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
     )  # fmt: skip
 
 
@@ -233,7 +245,7 @@ def _backward_kernel(
     dweight, dbias, dresidual_weight, dresidual_bias,
     mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
     M, G, S, C, programs, slice_blocks,
-    ROWS: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr, BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr, BLOCK_P: tl.constexpr, PLANE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reduce, merge and apply in one launch, ordered by tickets. Batch statistics only."""
@@ -249,19 +261,19 @@ def _backward_kernel(
                 dy, dy_fork, x, residual, mask, sums, dz_out, dx, dresidual,
                 mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
                 channel_block, program, programs, tiles, M, S, C,
-                False, REVERSED, EVICT, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
+                False, REVERSED, EVICT, PLANE, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
             )  # fmt: skip
         else:
             _reduce(
                 dy, dy_fork, x, residual, mask, None, None, None, partials,
                 mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
                 channel_block, program, programs, tiles, S, C,
-                0.0, 0.0, False, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
+                0.0, 0.0, False, PLANE, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
             )  # fmt: skip
             if is_last_to_arrive(counters, channel_block, programs):
                 _merge_sums(
                     partials, sums, dweight, dbias, dresidual_weight, dresidual_bias, C, programs, channel_block,
-                    ROWS, BLOCK_P, BLOCK_C, ACC,
+                    ROWS, PLANE, BLOCK_P, BLOCK_C, ACC,
                 )  # fmt: skip
                 open_second_phase(counters, channel_block, channel_blocks)
 
@@ -325,7 +337,7 @@ def backward(
         g,
         accumulator(x, residual, dy),
     )
-    if stats is not None and any(t is not None for t in (dx, dresidual)) and launch_table.ONE_LAUNCH:
+    if stats is not None and any(t is not None for t in (dx, dresidual)) and launch_table.takes_one_launch(g):
         _launch_backward(call, dz, dx, dresidual, parameters)
     else:
         _launch_phases(call, dz, dx, dresidual, parameters, frozen=stats is None)
@@ -356,14 +368,14 @@ def _launch_phases(
 ) -> None:
     """Fills the gradients that are not None, in three launches at most."""
     x, g = call.x, call.g
-    sizes = (g.groups, g.positions, g.channels)
+    sizes = (g.groups, g.positions, g.columns)
     # With batch statistics an input's gradient waits for the sums; without, it is local.
     waiting = (None, None) if frozen else (dx, dresidual)
     local = (dx, dresidual) if frozen else (None, None)
     partials = None
     if any(t is not None for t in (*waiting, *parameters)):
-        programs = launch_table.streaming("reduce", g).programs
-        partials = x.new_empty((call.rows, programs, g.channels), dtype=call.acc)
+        programs = launch_table.streaming("reduce", g, call.acc is torch.float64).programs
+        partials = x.new_empty((call.rows, programs, g.columns), dtype=call.acc)
     grid, options = tile_options("reduce", g, call.acc)
     _reduce_kernel[grid](
         *call.gradients, x, call.residual, call.mask, dz, *local, partials, *call.norms, *sizes,
@@ -372,10 +384,10 @@ def _launch_phases(
     if partials is None:
         return
     sums = x.new_empty((call.rows, g.channels), dtype=call.acc)
-    merge = launch_table.merge(programs, g.channels)
+    merge = launch_table.merge(programs * g.plane, g.channels)
     _merge_sums_kernel[(merge.channel_blocks,)](
         partials, sums, *parameters, g.channels, programs,
-        ROWS=call.rows, BLOCK_P=merge.block_programs, BLOCK_C=merge.block_channels, ACC=options["ACC"],
+        ROWS=call.rows, PLANE=g.plane, BLOCK_P=merge.block_programs, BLOCK_C=merge.block_channels, ACC=options["ACC"],
         num_warps=merge.warps,
     )  # fmt: skip
     if any(t is not None for t in waiting):

@@ -24,6 +24,7 @@ from .tile import (
     load_norm,
     locate,
     locate_bits,
+    locate_partials,
     merge_lanes,
     pack_bits,
     schedule,
@@ -91,23 +92,21 @@ def _update(running, new, momentum, momentum_rest, c, c_inside):
 @triton.jit
 def _merge_statistics(
     partials, counts, stats, running_mean, running_var, momentum, momentum_rest, M, C, programs, channel_block,
-    EPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    EPS: tl.constexpr, PLANE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One norm's partials (mean, M2) merged into ``stats`` (mean, rstd), and its running statistics updated."""
     c, c_inside = channels_of(channel_block, C, BLOCK_C)
     count = tl.zeros((BLOCK_P,), ACC)
     mean = tl.zeros((BLOCK_P, BLOCK_C), ACC)
     m2 = tl.zeros((BLOCK_P, BLOCK_C), ACC)
-    for first in range(0, programs, BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)
-        at = p[:, None] * C + c[None, :]
-        inside = (p < programs)[:, None] & c_inside[None, :]
-        added = tl.load(counts + p, mask=p < programs, other=0)
+    for first in range(0, programs * PLANE, BLOCK_P):
+        at, inside, p, p_inside = locate_partials(first, c, c_inside, C, programs, PLANE, BLOCK_P)
+        added = tl.load(counts + p, mask=p_inside, other=0)
         count += added
         # Chan's update of (count, mean, M2), lane by lane; a lane without values adds nothing.
         share = (added / tl.where(count > 0, count, 1))[:, None]
         delta = tl.where(inside, tl.load(partials + at, mask=inside, other=0) - mean, 0)
-        m2 += tl.load(partials + programs * C + at, mask=inside, other=0)
+        m2 += tl.load(partials + programs * C * PLANE + at, mask=inside, other=0)
         m2 += delta * delta * share * (count - added)[:, None]
         mean += delta * share
     _, mean, m2 = merge_lanes(count, mean, m2, True)
@@ -124,15 +123,15 @@ def _normalise(
     x, residual, y, mask, mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
     channel_block, program, programs, tiles, S, C,
     EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y = relu(norm(x) + s), s nothing, ``residual`` or its norm, and the bits of y's gradient mask."""
     c, c_inside = channels_of(channel_block, C, BLOCK_C)
-    m, _, scale, shift = load_norm(mean, rstd, weight, bias, c, c_inside, EPS, FROZEN, CHANNELS_LAST, ACC)
+    m, _, scale, shift = load_norm(mean, rstd, weight, bias, c, c_inside, EPS, FROZEN, PLANE, CHANNELS_LAST, ACC)
     if residual_mean is not None:
         residual_m, _, residual_scale, residual_shift = load_norm(
             residual_mean, residual_rstd, residual_weight, residual_bias, c, c_inside,
-            RESIDUAL_EPS, FROZEN, CHANNELS_LAST, ACC,
+            RESIDUAL_EPS, FROZEN, PLANE, CHANNELS_LAST, ACC,
         )  # fmt: skip
 
     for step in range(program, tiles, programs):
@@ -156,7 +155,8 @@ def _normalise(
 @triton.jit
 def _statistics_kernel(
     x, residual, partials, G, S, C,
-    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``_take_statistics`` as a launch of its own."""
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
@@ -170,24 +170,24 @@ def _statistics_kernel(
 def _merge_statistics_kernel(
     partials, stats, running_mean, running_var, residual_running_mean, residual_running_var,
     momentum, momentum_rest, residual_momentum, residual_momentum_rest, M, C, programs,
-    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, NORMS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-    ACC: tl.constexpr,
+    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, NORMS: tl.constexpr, PLANE: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``_merge_statistics`` for one norm, or for two in the halves of the grid."""
     # The programs of every channel block have the same counts: those of the first serve all.
-    counts = partials + 2 * NORMS * programs * C
+    counts = partials + 2 * NORMS * programs * C * PLANE
     channel_blocks = tl.cdiv(C, BLOCK_C)
     channel_block = tl.program_id(0)
     if channel_block < channel_blocks:
         _merge_statistics(
             partials, counts, stats, running_mean, running_var, momentum, momentum_rest, M, C, programs,
-            channel_block, EPS, BLOCK_P, BLOCK_C, ACC,
+            channel_block, EPS, PLANE, BLOCK_P, BLOCK_C, ACC,
         )  # fmt: skip
     elif NORMS == 2:
         _merge_statistics(
-            partials + 2 * programs * C, counts, stats + 2 * C, residual_running_mean, residual_running_var,
+            partials + 2 * programs * C * PLANE, counts, stats + 2 * C, residual_running_mean, residual_running_var,
             residual_momentum, residual_momentum_rest, M, C, programs,
-            channel_block - channel_blocks, RESIDUAL_EPS, BLOCK_P, BLOCK_C, ACC,
+            channel_block - channel_blocks, RESIDUAL_EPS, PLANE, BLOCK_P, BLOCK_C, ACC,
         )  # fmt: skip
 
 
@@ -196,7 +196,8 @@ def _normalise_kernel(
     x, residual, y, mask, mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
     G, S, C,
     EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``_normalise`` as a launch of its own."""
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
@@ -204,7 +205,7 @@ def _normalise_kernel(
     _normalise(
         x, residual, y, mask, mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
         channel_block, program, programs, tiles, S, C,
-        EPS, RESIDUAL_EPS, FROZEN, REVERSED, EVICT, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
+        EPS, RESIDUAL_EPS, FROZEN, REVERSED, EVICT, PLANE, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
     )  # fmt: skip
 
 
@@ -214,8 +215,8 @@ def _forward_kernel(
     residual_running_mean, residual_running_var, residual_weight, residual_bias,
     momentum, momentum_rest, residual_momentum, residual_momentum_rest, M, G, S, C, programs, slice_blocks,
     EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, NORMS: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr,
-    BLOCK_P: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr, PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Statistics, merge and normalise in one launch, ordered by tickets; ``residual`` is normed where NORMS is 2."""
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
@@ -230,7 +231,7 @@ def _forward_kernel(
                 x, residual, y, mask, stats, stats + C, weight, bias,
                 stats + 2 * C if NORMS == 2 else None, stats + 3 * C if NORMS == 2 else None,
                 residual_weight, residual_bias, channel_block, program, programs, tiles, S, C,
-                EPS, RESIDUAL_EPS, False, REVERSED, EVICT, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
+                EPS, RESIDUAL_EPS, False, REVERSED, EVICT, PLANE, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC,
             )  # fmt: skip
         else:
             _take_statistics(
@@ -241,13 +242,13 @@ def _forward_kernel(
                 counts = partials + 2 * NORMS * programs * C + channel_block * programs
                 _merge_statistics(
                     partials, counts, stats, running_mean, running_var, momentum, momentum_rest, M, C, programs,
-                    channel_block, EPS, BLOCK_P, BLOCK_C, ACC,
+                    channel_block, EPS, PLANE, BLOCK_P, BLOCK_C, ACC,
                 )  # fmt: skip
                 if NORMS == 2:
                     _merge_statistics(
                         partials + 2 * programs * C, counts, stats + 2 * C,
                         residual_running_mean, residual_running_var, residual_momentum, residual_momentum_rest,
-                        M, C, programs, channel_block, RESIDUAL_EPS, BLOCK_P, BLOCK_C, ACC,
+                        M, C, programs, channel_block, RESIDUAL_EPS, PLANE, BLOCK_P, BLOCK_C, ACC,
                     )  # fmt: skip
                 open_second_phase(counters, channel_block, channel_blocks)
 
@@ -272,7 +273,7 @@ def accumulator(*tensors: Tensor | None) -> torch.dtype:
 @lru_cache(maxsize=4096)
 def tile_options(kernel: str, g: Geometry, acc: torch.dtype) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the compile-time arguments that every streaming kernel takes."""
-    launch = launch_table.streaming(kernel, g)
+    launch = launch_table.streaming(kernel, g, acc is torch.float64)
     constants = _tile_constants(g, acc, launch.block_positions, launch.block_channels, launch.warps)
     return launch.grid, constants | _order_constants() if kernel in ("normalise", "apply") else constants
 
@@ -296,6 +297,7 @@ def _tile_constants(
     g: Geometry, acc: torch.dtype, block_positions: int, block_channels: int, warps: int
 ) -> dict[str, Any]:
     return {
+        "PLANE": g.plane,
         "CHANNELS_LAST": g.channels_last,
         "ALIGN": math.gcd(g.inner, 16),
         "BLOCK_S": block_positions,
@@ -339,7 +341,7 @@ def forward(
         _launch_normalise(x, residual, y, mask, None, norm, residual_norm, g, acc)
         return y, mask, None
     stats = x.new_empty((2 if residual_norm is None else 4, g.channels), dtype=acc)
-    if launch_table.ONE_LAUNCH:
+    if launch_table.takes_one_launch(g):
         _launch_forward(x, residual, y, mask, stats, norm, residual_norm, g, acc)
     else:
         _launch_statistics(x, residual, stats, norm, residual_norm, g, acc)
@@ -359,17 +361,17 @@ def _launch_statistics(
     """Fills ``stats`` and updates the running statistics, in two launches."""
     norms = 1 if residual_norm is None else 2
     second = norm if residual_norm is None else residual_norm
-    launch = launch_table.streaming("statistics", g)
+    launch = launch_table.streaming("statistics", g, acc is torch.float64)
     grid, options = tile_options("statistics", g, acc)
     partials = _partial_statistics(x, norms, launch.programs, launch.channel_blocks, g, acc)
     _statistics_kernel[grid](
-        x, None if residual_norm is None else residual, partials, g.groups, g.positions, g.channels, **options
+        x, None if residual_norm is None else residual, partials, g.groups, g.positions, g.columns, **options
     )
-    merge = launch_table.merge(launch.programs, g.channels)
+    merge = launch_table.merge(launch.programs * g.plane, g.channels)
     _merge_statistics_kernel[(merge.channel_blocks * norms,)](
         partials, stats, norm.running_mean, norm.running_var, second.running_mean, second.running_var,
         *_float32_parts(norm.momentum), *_float32_parts(second.momentum), g.values, g.channels, launch.programs,
-        EPS=norm.eps, RESIDUAL_EPS=second.eps, NORMS=norms, BLOCK_P=merge.block_programs,
+        EPS=norm.eps, RESIDUAL_EPS=second.eps, NORMS=norms, PLANE=g.plane, BLOCK_P=merge.block_programs,
         BLOCK_C=merge.block_channels, ACC=options["ACC"], num_warps=merge.warps,
     )  # fmt: skip
 
@@ -391,7 +393,7 @@ def _launch_normalise(
     grid, options = tile_options("normalise", g, acc)
     _normalise_kernel[grid](
         x, residual, y, mask, mean, rstd, norm.weight, norm.bias,
-        residual_mean, residual_rstd, second.weight, second.bias, g.groups, g.positions, g.channels,
+        residual_mean, residual_rstd, second.weight, second.bias, g.groups, g.positions, g.columns,
         EPS=norm.eps, RESIDUAL_EPS=second.eps, FROZEN=stats is None, **options,
     )  # fmt: skip
 
@@ -430,7 +432,7 @@ def _partial_statistics(
     x: Tensor, norms: int, programs: int, channel_blocks: int, g: Geometry, acc: torch.dtype
 ) -> Tensor:
     """Room for each program's mean and M2 of its channels, and its counts."""
-    return x.new_empty(programs * (2 * norms * g.channels + channel_blocks), dtype=acc)
+    return x.new_empty(programs * (2 * norms * g.columns + channel_blocks), dtype=acc)
 
 
 def needs_mask(residual: Tensor | None, residual_norm: Norm | None) -> bool:

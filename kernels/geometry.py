@@ -8,33 +8,47 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import launch_table
+
 
 class Geometry(NamedTuple):
     """An activation of shape (N, C, *spatial) as the kernels see it.
 
     channels_last: element (position, channel) lies at ``position * channels + channel``; one group.
     contiguous: element (group, channel, position) lies at ``(group * channels + channel) * positions + position``.
+
+    A contiguous activation of many small planes is walked as a channels_last one, in which every position of every
+    plane is a column of its own; ``plane`` neighbouring columns are then one channel. Else ``plane`` is 1.
     """
 
     channels_last: bool
     groups: int
     positions: int
-    channels: int
+    columns: int
+    plane: int = 1
+
+    @property
+    def channels(self) -> int:
+        return self.columns // self.plane
 
     @property
     def values(self) -> int:
         """Values per channel, M = N·H·W."""
-        return self.groups * self.positions
+        return self.groups * self.positions * self.plane
+
+    @property
+    def numel(self) -> int:
+        return self.groups * self.positions * self.columns
 
     @property
     def inner(self) -> int:
         """Extent of the axis whose elements are neighbours in memory."""
-        return self.channels if self.channels_last else self.positions
+        return self.columns if self.channels_last else self.positions
 
     @property
     def mask_numel(self) -> int:
         """Bytes of a bit mask with the inner axis packed by eight."""
-        outer = self.values if self.channels_last else self.groups * self.channels
+        outer = self.groups * (self.positions if self.channels_last else self.columns)
         return outer * (-(-self.inner // 8))
 
 
@@ -53,6 +67,8 @@ def geometry(x: Tensor) -> Geometry:
     spatial = x.numel() // max(batch * channels, 1)
     if is_channels_last(x):
         return Geometry(True, 1, batch * spatial, channels)
+    if launch_table.walks_columns(batch, spatial):
+        return Geometry(True, 1, batch, channels * spatial, spatial)
     return Geometry(False, batch, spatial, channels)
 
 
@@ -84,7 +100,7 @@ def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
     g = geometry(dense(like))
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
     bits = (mask.view(-1, -(-g.inner // 8), 1) >> shifts & 1).flatten(1)[:, : g.inner].bool()
-    if g.channels_last:
+    if g.channels_last and g.plane == 1:
         batch, channels, *spatial = like.shape
         return bits.view(batch, *spatial, channels).movedim(-1, 1)
     return bits.view(like.shape)

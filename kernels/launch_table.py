@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .geometry import Geometry
+if TYPE_CHECKING:
+    from .geometry import Geometry
 
 
 class Entry(NamedTuple):
@@ -46,10 +47,10 @@ class MergeLaunch(NamedTuple):
 # no power of two. More programs mean more partial results, which must stay small beside the tensor.
 STREAMING: dict[tuple[str, bool], tuple[tuple[int | None, Entry], ...]] = {
     ("statistics", True): (
-        (2**22, Entry(1024, 64, 512, 4)), (2**24, Entry(1024, 64, 1152, 4)), (None, Entry(1024, 64, 2048, 4))
+        (2**22, Entry(1024, 64, 512, 4)), (2**24, Entry(1024, 64, 1176, 4)), (None, Entry(1024, 64, 2048, 4))
     ),
     ("statistics", False): (
-        (2**22, Entry(1024, 64, 512, 4)), (2**24, Entry(2048, 64, 1152, 4)), (None, Entry(2048, 64, 2048, 4))
+        (2**22, Entry(1024, 64, 512, 4)), (2**24, Entry(2048, 64, 1176, 4)), (None, Entry(2048, 64, 2048, 4))
     ),
     ("normalise", True): ((None, Entry(2048, 64, 8192, 4)),),
     ("normalise", False): ((None, Entry(2048, 64, 8192, 4)),),
@@ -70,6 +71,10 @@ TICKETED: dict[tuple[str, bool], Entry] = {
     ("backward", True): Entry(1024, 64, 1024, 4),
     ("backward", False): Entry(1024, 64, 1024, 4),
 }
+# A contiguous tensor is walked by columns where it has so many images, and planes that fill their tiles worse than this
+# or are not made of whole 16 bytes in half precision.
+COLUMNS_LEAST_IMAGES = 32
+COLUMNS_MOST_FILLED = 0.9
 # Of the L2 cache, what two slices may take: one between its phases, and the next one's first.
 L2_SHARE = 0.8
 # The narrowest slice of a channels_last tensor, in bytes.
@@ -83,15 +88,29 @@ MERGE_WARPS = 8
 MERGED_ELEMENTS = 2048
 
 
+def takes_one_launch(g: Geometry) -> bool:
+    """Whether a training node is one launch a direction: not by columns, where a block of them may cut a channel."""
+    return ONE_LAUNCH and g.plane == 1
+
+
+def walks_columns(images: int, plane: int) -> bool:
+    """Whether a contiguous tensor's planes are too small to be walked one by one."""
+    if images < COLUMNS_LEAST_IMAGES:
+        return False
+    row = STREAMING["normalise", False][-1][1].inner
+    return plane % 8 != 0 or plane < COLUMNS_MOST_FILLED * row * -(-plane // row)
+
+
 @lru_cache(maxsize=4096)
-def streaming(kernel: str, g: Geometry) -> Launch:
-    """The launch of a kernel that walks whole activations of geometry ``g``."""
-    size = g.values * g.channels
+def streaming(kernel: str, g: Geometry, wide: bool = False) -> Launch:
+    """The launch of a kernel that walks whole activations of geometry ``g``; ``wide`` for arithmetic in float64."""
+    size = g.numel
     entry = next(e for limit, e in STREAMING[kernel, g.channels_last] if limit is None or size <= limit)
-    positions, channels = _tile(g, entry.elements, entry.inner)
-    channel_blocks = -(-g.channels // channels)
+    positions, channels = _tile(g, entry.elements // 2 if wide else entry.elements, entry.inner)
+    channel_blocks = -(-g.columns // channels)
     tiles = g.groups * -(-g.positions // positions)
-    programs = min(tiles, max(1, entry.programs // channel_blocks))
+    # The nearest to the entry's: one more or less for each of many blocks is half the grid.
+    programs = min(tiles, max(1, (2 * entry.programs + channel_blocks) // (2 * channel_blocks)))
     return Launch(positions, channels, channel_blocks, programs, entry.warps)
 
 
@@ -126,7 +145,7 @@ def ticketed(kernel: str, g: Geometry, reread: int, l2_bytes: int) -> OneLaunch:
     if g.channels_last and fitting < inner and fitting * reread >= LEAST_SLICE:
         inner = max(LEAST_SLICE // reread, 1 << (fitting.bit_length() - 1))
     positions, channels = _tile(g, entry.elements, inner)
-    channel_blocks = -(-g.channels // channels)
+    channel_blocks = -(-g.columns // channels)
     # Where not even one block fits, a single slice: both phases whole, one after the other.
     slice_blocks = min(fitting // channels, channel_blocks) or channel_blocks
     tiles = g.groups * -(-g.positions // positions)
@@ -143,7 +162,7 @@ def l2_bytes(device: torch.device) -> int:
 
 def _tile(g: Geometry, elements: int, inner: int) -> tuple[int, int]:
     """(positions, channels) of a tile; that of a tensor with few rows is longer along the inner axis."""
-    outer = g.positions if g.channels_last else g.channels
+    outer = g.positions if g.channels_last else g.columns
     least_inner = elements // _power_of_two(outer, 1, elements)
     inner_block = _power_of_two(g.inner, 8, max(inner, least_inner))
     outer_block = _power_of_two(outer, 1, elements // inner_block)

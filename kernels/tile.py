@@ -128,11 +128,24 @@ def channels_of(channel_block, C, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def locate_partials(first, c, c_inside, C, programs, PLANE: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Offsets of partial results of channels ``c`` from the ``first`` on, which exist, whose they are and whether.
+
+    Each program has one for every column of a channel.
+    """
+    entry = first + tl.arange(0, BLOCK_P)
+    inside = entry < programs * PLANE
+    at = (entry // PLANE * C * PLANE + entry % PLANE)[:, None] + c[None, :] * PLANE
+    return at, inside[:, None] & c_inside[None, :], entry // PLANE, inside
+
+
+@triton.jit
 def load_norm(
-    mean, rstd, weight, bias, c, c_inside,
-    EPS: tl.constexpr, FROZEN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
+    mean, rstd, weight, bias, column, c_inside,
+    EPS: tl.constexpr, FROZEN: tl.constexpr, PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(mean, rstd, weight·rstd, bias) of a block of channels, over a tile. FROZEN: ``rstd`` points at the variance."""
+    """(mean, rstd, weight·rstd, bias) of a block of columns, over a tile. FROZEN: ``rstd`` points at the variance."""
+    c = column // PLANE
     m = tl.load(mean + c, mask=c_inside, other=0).to(ACC)
     r = tl.load(rstd + c, mask=c_inside, other=1).to(ACC)
     if FROZEN:

@@ -36,6 +36,7 @@ def small_launches(monkeypatch):
     monkeypatch.setattr(launch_table, "TICKETED", dict.fromkeys(launch_table.TICKETED, entry))
     monkeypatch.setattr(launch_table, "MERGE", (2, 4))
     monkeypatch.setattr(launch_table, "MERGED_ELEMENTS", 32)
+    monkeypatch.setattr(launch_table, "COLUMNS_LEAST_IMAGES", 4)
     cached = (launch_table.streaming, launch_table.ticketed, launch_table.merge, tile_options)
     for function in cached:
         function.cache_clear()

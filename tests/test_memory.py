@@ -7,7 +7,7 @@ from oracle import FORMS, LAYOUTS, STATISTICS, problem, run
 import resfused.functional as fused
 
 GUARD = 256
-POISON = {torch.uint8: 0xA5}
+POISON = {torch.uint8: 0xA5, torch.int32: 0x5A5A5A5A}
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def untouched(zone):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
-@pytest.mark.parametrize("shape", [(3, 37, 5, 5), (2, 16, 3, 8), (5, 3, 1, 1), (2, 1, 3, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 37, 5, 5), (2, 16, 3, 8), (5, 3, 1, 1), (2, 1, 3, 3), (33, 5, 3, 3)], ids=str)
 def test_outputs_whole_and_surroundings_untouched(form, layout, training, shape, device, guarded, request, launches):
     for small in (False, True):
         if small:

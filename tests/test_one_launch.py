@@ -97,3 +97,16 @@ def test_slices_follow_the_cache():
         assert not g.channels_last or width * 2 >= launch_table.LEAST_SLICE
     launch = launch_table.ticketed("forward", Geometry(True, 1, 256 * 112 * 112, 64), 2, 50 * 2**20)
     assert launch.slice_blocks == launch.channel_blocks
+
+
+def test_ways_to_launch_may_not_change_between_forward_and_backward(device, monkeypatch):
+    """The mask is read as it was written, small planes and all."""
+    p = problem(FORMS[1], (40, 3, 7, 7), torch.float64, device)
+    expected = run(reference, p, torch.float64)["gradient of residual"]
+    for first, second in ((True, False), (False, True)):
+        x, r = (p.tensors[name].clone().requires_grad_() for name in ("input", "residual"))
+        monkeypatch.setattr(launch_table, "ONE_LAUNCH", first)
+        y = fused.batch_norm_add_relu(x, r, None, None, p.tensors["weight"], p.tensors["bias"], True, eps=0.1)
+        monkeypatch.setattr(launch_table, "ONE_LAUNCH", second)
+        (gradient,) = torch.autograd.grad(y, r, p.dy)
+        assert_close({"r": gradient}, {"r": expected}, 1e-12)
