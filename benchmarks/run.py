@@ -19,7 +19,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 
 if not sys.stdout.isatty():
     # Tables in a log file are not cut to a terminal's width.
-    os.environ["COLUMNS"] = "150"
+    os.environ["COLUMNS"] = "170"
 
 import audit
 import host

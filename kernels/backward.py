@@ -24,6 +24,7 @@ from .tile import (
     locate_bits,
     locate_partials,
     schedule,
+    schedule_second,
     store,
     unpack_bits,
 )
@@ -196,11 +197,12 @@ def _reduce_kernel(
     dy, dy_fork, x, residual, mask, dz_out, dx, dresidual, partials,
     mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias, G, S, C,
     EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, PLANE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    CHANNEL_MAJOR: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``_reduce`` as a launch of its own."""
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
-    channel_block, program, programs, tiles = schedule(G, S, C, BLOCK_S, BLOCK_C)
+    channel_block, program, programs, tiles = schedule(G, S, C, CHANNEL_MAJOR, BLOCK_S, BLOCK_C)
     _reduce(
         dy, dy_fork, x, residual, mask, dz_out, dx, dresidual, partials,
         mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
@@ -226,11 +228,11 @@ def _apply_kernel(
     gradient, gradient_fork, x, residual, mask, sums, dx, dresidual,
     mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias, M, G, S, C,
     IS_DZ: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr, PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``_apply`` as a launch of its own."""
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
-    channel_block, program, programs, tiles = schedule(G, S, C, BLOCK_S, BLOCK_C)
+    channel_block, program, programs, tiles = schedule_second(G, S, C, REVERSED, CHANNEL_MAJOR, BLOCK_S, BLOCK_C)
     _apply(
         gradient, gradient_fork, x, residual, mask, sums, None, dx, dresidual,
         mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,

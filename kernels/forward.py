@@ -28,6 +28,7 @@ from .tile import (
     merge_lanes,
     pack_bits,
     schedule,
+    schedule_second,
     store,
     welford,
 )
@@ -155,12 +156,13 @@ def _normalise(
 @triton.jit
 def _statistics_kernel(
     x, residual, partials, G, S, C,
-    PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr,
+    PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    CHANNEL_MAJOR: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``_take_statistics`` as a launch of its own."""
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
-    channel_block, program, programs, tiles = schedule(G, S, C, BLOCK_S, BLOCK_C)
+    channel_block, program, programs, tiles = schedule(G, S, C, CHANNEL_MAJOR, BLOCK_S, BLOCK_C)
     _take_statistics(
         x, residual, partials, channel_block, program, programs, tiles, S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C, ACC
     )
@@ -196,12 +198,13 @@ def _normalise_kernel(
     x, residual, y, mask, mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
     G, S, C,
     EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr,
-    PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_S: tl.constexpr,
+    PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    CHANNEL_MAJOR: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``_normalise`` as a launch of its own."""
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
-    channel_block, program, programs, tiles = schedule(G, S, C, BLOCK_S, BLOCK_C)
+    channel_block, program, programs, tiles = schedule_second(G, S, C, REVERSED, CHANNEL_MAJOR, BLOCK_S, BLOCK_C)
     _normalise(
         x, residual, y, mask, mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
         channel_block, program, programs, tiles, S, C,
@@ -275,6 +278,7 @@ def tile_options(kernel: str, g: Geometry, acc: torch.dtype) -> tuple[tuple[int]
     """The grid and the compile-time arguments that every streaming kernel takes."""
     launch = launch_table.streaming(kernel, g, acc is torch.float64)
     constants = _tile_constants(g, acc, launch.block_positions, launch.block_channels, launch.warps)
+    constants["CHANNEL_MAJOR"] = launch.channel_major
     return launch.grid, constants | _order_constants() if kernel in ("normalise", "apply") else constants
 
 

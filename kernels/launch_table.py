@@ -27,6 +27,7 @@ class Launch(NamedTuple):
     channel_blocks: int
     programs: int
     warps: int
+    channel_major: bool
 
     @property
     def grid(self) -> tuple[int]:
@@ -62,6 +63,10 @@ STREAMING: dict[tuple[str, bool], tuple[tuple[int | None, Entry], ...]] = {
 # The second phase begins with the tiles that the first ended with, and lets go of what is read for the last time.
 SECOND_PHASE_REVERSED = True
 SECOND_PHASE_EVICTS_FIRST = True
+# Whether separate launches go through a channels_last tensor block of channels by block of channels, not row by row,
+# where a block, in the precision of the arithmetic, is no larger than this. Rows, until a GPU has compared them.
+CHANNEL_MAJOR = False
+CHANNEL_MAJOR_BYTES = 16 * 2**20
 # Whether a training node takes one launch a direction, ordered by tickets, or three. Three until a GPU has run the one.
 ONE_LAUNCH = os.environ.get("RESFUSED_ONE_LAUNCH", "0") == "1"
 # (kernel, channels_last) -> the tile; programs: at most in one phase of a slice.
@@ -111,7 +116,9 @@ def streaming(kernel: str, g: Geometry, wide: bool = False) -> Launch:
     tiles = g.groups * -(-g.positions // positions)
     # The nearest to the entry's: one more or less for each of many blocks is half the grid.
     programs = min(tiles, max(1, (2 * entry.programs + channel_blocks) // (2 * channel_blocks)))
-    return Launch(positions, channels, channel_blocks, programs, entry.warps)
+    block_bytes = g.numel // channel_blocks * (8 if wide else 4)
+    channel_major = CHANNEL_MAJOR and g.channels_last and block_bytes <= CHANNEL_MAJOR_BYTES
+    return Launch(positions, channels, channel_blocks, programs, entry.warps, channel_major)
 
 
 class OneLaunch(NamedTuple):

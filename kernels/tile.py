@@ -40,11 +40,29 @@ def aligned(S, C, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def schedule(G, S, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(channel block, number within it, programs of it, tiles of it) of this program; neighbours share rows."""
+def schedule(G, S, C, CHANNEL_MAJOR: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(channel block, number within it, programs of it, tiles of it) of this program.
+
+    Neighbours share rows, or with CHANNEL_MAJOR a block of channels.
+    """
     channel_blocks = tl.cdiv(C, BLOCK_C)
-    program = tl.program_id(0) // channel_blocks
-    return tl.program_id(0) % channel_blocks, program, tl.num_programs(0) // channel_blocks, G * tl.cdiv(S, BLOCK_S)
+    programs = tl.num_programs(0) // channel_blocks
+    tiles = G * tl.cdiv(S, BLOCK_S)
+    if CHANNEL_MAJOR:
+        return tl.program_id(0) // programs, tl.program_id(0) % programs, programs, tiles
+    else:
+        return tl.program_id(0) % channel_blocks, tl.program_id(0) // channel_blocks, programs, tiles
+
+
+@triton.jit
+def schedule_second(
+    G, S, C, REVERSED: tl.constexpr, CHANNEL_MAJOR: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """As ``schedule``, for the second phase: REVERSED, it begins with the block that the first ended with."""
+    channel_block, program, programs, tiles = schedule(G, S, C, CHANNEL_MAJOR, BLOCK_S, BLOCK_C)
+    if REVERSED and CHANNEL_MAJOR:
+        channel_block = tl.cdiv(C, BLOCK_C) - 1 - channel_block
+    return channel_block, program, programs, tiles
 
 
 @triton.jit

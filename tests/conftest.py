@@ -37,6 +37,7 @@ def small_launches(monkeypatch):
     monkeypatch.setattr(launch_table, "MERGE", (2, 4))
     monkeypatch.setattr(launch_table, "MERGED_ELEMENTS", 32)
     monkeypatch.setattr(launch_table, "COLUMNS_LEAST_IMAGES", 4)
+    monkeypatch.setattr(launch_table, "CHANNEL_MAJOR", True)
     cached = (launch_table.streaming, launch_table.ticketed, launch_table.merge, tile_options)
     for function in cached:
         function.cache_clear()
