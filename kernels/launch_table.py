@@ -71,10 +71,10 @@ CHANNEL_MAJOR_BYTES = 16 * 2**20
 ONE_LAUNCH = os.environ.get("RESFUSED_ONE_LAUNCH", "0") == "1"
 # (kernel, channels_last) -> the tile; programs: at most in one phase of a slice.
 TICKETED: dict[tuple[str, bool], Entry] = {
-    ("forward", True): Entry(1024, 64, 1024, 4),
-    ("forward", False): Entry(1024, 64, 1024, 4),
-    ("backward", True): Entry(1024, 64, 1024, 4),
-    ("backward", False): Entry(1024, 64, 1024, 4),
+    ("forward", True): Entry(1024, 64, 512, 4),
+    ("forward", False): Entry(1024, 64, 512, 4),
+    ("backward", True): Entry(1024, 64, 512, 4),
+    ("backward", False): Entry(1024, 64, 512, 4),
 }
 # A contiguous tensor is walked by columns where it has so many images, and planes that fill their tiles worse than this
 # or are not made of whole 16 bytes in half precision.
