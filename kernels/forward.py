@@ -311,13 +311,12 @@ def _tile_constants(
     }
 
 
-def means_and_rstds(stats: Tensor | None, norm: Norm | None, residual_norm: Norm | None) -> tuple[Tensor | None, ...]:
+def means_and_rstds(stats: Tensor | None, norm: Norm, residual_norm: Norm | None) -> tuple[Tensor | None, ...]:
     """(mean, rstd, residual mean, residual rstd): of the batch, or the running ones with the variance for rstd."""
     if stats is not None:
         return tuple(stats) if residual_norm is not None else (*stats, None, None)
-    first = (norm.running_mean, norm.running_var) if norm is not None else (None, None)
     second = (residual_norm.running_mean, residual_norm.running_var) if residual_norm is not None else (None, None)
-    return *first, *second
+    return norm.running_mean, norm.running_var, *second
 
 
 def forward(
