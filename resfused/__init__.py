@@ -18,6 +18,7 @@ from .blocks import (
     ResidualBlock,
     Sequential,
 )
+from .conversion import fuse_, unfuse_
 from .function import FusedResidualBlock
 from .norms import (
     BatchNormAddReLU1d,
@@ -28,6 +29,7 @@ from .norms import (
     BatchNormReLU3d,
     tail,
 )
+from .report import Fused, Left, Report
 from .version import __version__
 
 __all__ = [
@@ -38,17 +40,22 @@ __all__ = [
     "BatchNormReLU2d",
     "BatchNormReLU3d",
     "BottleneckResidualBlock",
+    "Fused",
     "FusedResidualBlock",
+    "Left",
     "LinearResidualBlock",
     "ProjectionResidualBlock",
+    "Report",
     "ResidualBlock",
     "Sequential",
     "__version__",
     "backend_for",
     "functional",
+    "fuse_",
     "get_backend",
     "reference",
     "set_backend",
     "tail",
+    "unfuse_",
     "use_backend",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import reference
-from .norms import forked_tail, has_hooks, tail
+from .norms import forked_tail, is_watched, tail
 
 _Shortcut = tuple[nn.Conv2d, nn.BatchNorm2d]
 
@@ -91,16 +91,17 @@ class Sequential(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         pair = input, input
         for module, following in pairwise([*self, None]):
-            if _takes_pairs(module):
-                pair = cast(ForkedBlock, module).forward_forked(*pair, forked=_takes_pairs(following))
+            if takes_pairs(module):
+                pair = cast(ForkedBlock, module).forward_forked(*pair, forked=takes_pairs(following))
             elif module is not None:
                 y = module(pair[0])
                 pair = y, y
         return pair[0]
 
 
-def _takes_pairs(module: nn.Module | None) -> bool:
+def takes_pairs(module: nn.Module | None) -> bool:
+    """Whether ``forward_forked`` is what a call of the module does."""
     if not isinstance(module, ForkedBlock) or type(module).forward is not ForkedBlock.forward:
         return False
     # A hook on what takes the block's input, which may lie in the shortcut, would see one half of the pair.
-    return not _has_any_global_hook() and not any(map(has_hooks, module.modules()))
+    return not _has_any_global_hook() and not any(map(is_watched, module.modules()))

@@ -35,15 +35,21 @@ def _count(norm: _BatchNorm | None) -> None:
         counter.add_(1)
 
 
-def has_hooks(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
+    """Whether calling the module does more than running its forward: hooks, a call of its own, compilation."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or type(module).__call__ is not nn.Module.__call__
     )
 
 
 def _is_transparent(norm: nn.Module) -> bool:
     """Whether nobody can tell a call of ``norm`` from the same arithmetic elsewhere: no hooks, no synchronisation."""
-    return not has_hooks(norm) and not isinstance(norm, nn.SyncBatchNorm)
+    return not is_watched(norm) and not isinstance(norm, nn.SyncBatchNorm)
 
 
 def _fuses_with(norm: _BatchNorm, residual_norm: _BatchNorm) -> bool:
@@ -121,3 +127,6 @@ class BatchNormAddReLU2d(_BatchNormAddReLU, nn.BatchNorm2d):
 
 class BatchNormAddReLU3d(_BatchNormAddReLU, nn.BatchNorm3d):
     """relu(BatchNorm3d(input) + residual), both (N, C, D, H, W); otherwise as ``torch.nn.BatchNorm3d``."""
+
+
+FUSED_NORMS = (_BatchNormReLU, _BatchNormAddReLU)

@@ -1,0 +1,64 @@
+"""What the code that ``fuse_`` generates calls: the fused operations, or what the module computed before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import functional
+from .norms import forked_tail
+
+KEPT = (None, "input", "residual")
+"""Whose dtype the sum has: the promoted one, or that of the addend which an addition in place changes."""
+
+
+def tail_pair(
+    norm: _BatchNorm,
+    input: Tensor,
+    residual: Tensor | None,
+    residual_norm: _BatchNorm | None,
+    kept: str | None,
+    forked: bool,
+) -> tuple[Tensor, Tensor]:
+    """relu(norm(input) + s) twice, see ``forked_tail``; plain PyTorch where the addition broadcasts."""
+    if residual is None:
+        return forked_tail(norm, input, forked=forked)
+    dtype = _dtype(input, residual, kept)
+    if residual.shape != input.shape:
+        y = F.relu(norm(input) + (residual if residual_norm is None else residual_norm(residual))).to(dtype)
+        return y, y
+    y, twin = forked_tail(norm, input, residual, residual_norm, forked)
+    return (y, twin) if y.dtype is dtype else (y.to(dtype), twin.to(dtype))
+
+
+def functional_tail(
+    own: tuple[Any, ...], residual: Tensor | None, other: tuple[Any, ...] | None, kept: str | None
+) -> Tensor:
+    """relu(F.batch_norm(*own) + s), s being nothing, ``residual`` or F.batch_norm(*other)."""
+    input, mean, var, weight, bias, training, momentum, eps = own
+    if other is not None and (other[0].shape != input.shape or other[5] != training):
+        residual, other = F.batch_norm(*other), None
+    if other is not None:
+        residual, *second, _, residual_momentum, residual_eps = other
+        residual_mean, residual_var, residual_weight, residual_bias = second
+        y = functional.batch_norm_add_batch_norm_relu(
+            input, residual, mean, var, residual_mean, residual_var, weight, bias, residual_weight, residual_bias,
+            training, momentum, eps, residual_momentum, residual_eps,
+        )  # fmt: skip
+    elif residual is None:
+        return functional.batch_norm_relu(*own)
+    elif residual.shape != input.shape:
+        y = F.relu(F.batch_norm(*own) + residual)
+    else:
+        y = functional.batch_norm_add_relu(input, residual, *own[1:])
+    return y.to(_dtype(input, residual, kept))
+
+
+def _dtype(input: Tensor, residual: Tensor, kept: str | None) -> torch.dtype:
+    if kept is None:
+        return torch.promote_types(input.dtype, residual.dtype)
+    return input.dtype if kept == "input" else residual.dtype

@@ -1,0 +1,59 @@
+"""``fuse_`` and ``unfuse_``: existing models with fused tails, in place."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+from .fused_forward import FusedForward
+from .planning import Filter, Planner
+from .reasons import left
+from .report import Report
+
+
+def fuse_(model: nn.Module, filter_fn: Filter | None = None) -> Report:
+    """Fuses every BatchNorm of ``model`` that a ReLU follows, directly or after the addition of a shortcut. In place.
+
+    What a module's ``forward`` computes is traced with torch.fx; where it computes relu(norm(x) + s) it is given an
+    equivalent forward of its own, which runs as long as everything that was found stays so (else, say after a hook was
+    put on a ReLU, the class's own forward does). Classes, names, parameters, buffers and state_dict stay as they are;
+    deepcopy and pickle keep what was fused. Calling it again starts anew from the model as it is.
+
+    ``filter_fn(module, qualified_name)``: whether to fuse this BatchNorm; all by default.
+
+    Returns what was fused, and what was left and why. Raises, before anything is changed: TypeError where ``model`` is
+    not a module or ``filter_fn`` not callable; ValueError where ``model`` is compiled already.
+    """
+    _check(model, filter_fn)
+    planner = Planner(model, filter_fn)
+    forwards = planner.forwards()
+    fused = planner.fused()
+    report = Report(fused, left(planner, fused))
+    unfuse_(model)
+    for forward in forwards:
+        # Not a parameter, buffer or submodule: it lies in the instance's dictionary, over the class's method.
+        object.__setattr__(forward.module, "forward", forward)
+    return report
+
+
+def unfuse_(model: nn.Module) -> None:
+    """Undoes ``fuse_``: every module has its class's forward again, and nothing of resfused is left on it.
+
+    Raises: TypeError where ``model`` is not a module.
+    """
+    _check(model, None)
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), FusedForward):
+            del module.__dict__["forward"]
+
+
+def _check(model: object, filter_fn: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be callable or None, but got {type(filter_fn).__name__}")
+    for name, module in model.named_modules():
+        compiled = isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+        if compiled:
+            where = f"its submodule {name}" if name else "it"
+            raise ValueError(f"model must not be compiled yet, but {where} is: call fuse_ first, then torch.compile")

@@ -1,0 +1,194 @@
+"""The forward that ``fuse_`` gives a module: generated code where all that it takes for granted holds, else its own."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import linecache
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from itertools import count
+from pkgutil import resolve_name
+from types import ModuleType
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+from torch.fx.node import _get_qualified_name
+from torch.nn.modules.module import _has_any_global_hook
+
+from .blocks import ForkedBlock, takes_pairs
+from .matching import is_norm
+from .norms import is_watched
+from .tracing import Container, Read
+
+_numbers = count()
+
+
+class Kind(NamedTuple):
+    """The class that the submodule ``path`` must be of, and without hooks: its call was left out."""
+
+    path: str
+    type: type[nn.Module]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Code for one module's forward, and what must hold for it.
+
+    With ``paired`` the code is ``forward(self, x, shortcut, forked)`` and returns a pair, see ``ForkedBlock``.
+    """
+
+    source: str
+    names: dict[str, Any]
+    inputs: tuple[str, ...]
+    paired: bool
+    takes_pair: bool
+    reads: tuple[Read, ...]
+    containers: tuple[Container, ...]
+    left_out: tuple[Kind, ...]
+    norms: tuple[str, ...]
+    readers: tuple[str, ...]
+    """Submodules that are given the input: a hook there would see one half of a pair."""
+    run: Callable[..., Any] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "run", _compiled(self.source, self.names))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = (
+            self.source, {name: _reference(value) for name, value in self.names.items()}, self.inputs, self.paired,
+            self.takes_pair, self.reads, self.containers, self.left_out, self.norms, self.readers,
+        )  # fmt: skip
+        return _restored, state
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the module is still what the code was generated for."""
+        for path, name, value in self.reads:
+            found = getattr(at(module, path), name, _MISSING)
+            if type(found) is not type(value) or found != value:
+                return False
+        for path, names in self.containers:
+            container = at(module, path)
+            if container is None or tuple(container._modules) != names:
+                return False
+        for path, kind in self.left_out:
+            found = at(module, path)
+            if found is None or type(found) is not kind or is_watched(found):
+                return False
+        return all(is_norm(at(module, path)) for path in self.norms)
+
+
+_MISSING = object()
+
+
+def at(module: nn.Module, path: str) -> nn.Module | None:
+    """The submodule ``path``; None where there is none any more."""
+    found: nn.Module | None = module
+    if path:
+        for name in path.split("."):
+            if found is None:
+                return None
+            found = found._modules.get(name)
+    return found
+
+
+class FusedForward:
+    """``module.forward`` of a fused module. It is copied and pickled with the module."""
+
+    def __init__(self, module: nn.Module, plans: tuple[Plan, ...]):
+        self.module = module
+        self.plans = plans
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self._plan()
+        if plan is not None and kwargs:
+            args, kwargs = _by_position(plan.inputs, args, kwargs)
+        if plan is None or kwargs or len(args) != len(plan.inputs) or not all(isinstance(a, Tensor) for a in args):
+            return type(self.module).forward(self.module, *args, **kwargs)
+        if plan.paired:
+            return plan.run(self.module, args[0], args[0], False)[0]
+        return plan.run(self.module, *args)
+
+    def forward_forked(self, x: Tensor, shortcut: Tensor, forked: bool) -> tuple[Tensor, Tensor] | None:
+        """See ``ForkedBlock``; None where the module must be called as any other."""
+        plan = self._plan()
+        if plan is None or not plan.paired or is_watched(self.module):
+            return None
+        if any(found is None or is_watched(found) for found in (at(self.module, path) for path in plan.readers)):
+            return None
+        return plan.run(self.module, x, shortcut if plan.takes_pair else x, forked)
+
+    def _plan(self) -> Plan | None:
+        if _has_any_global_hook():
+            return None
+        for plan in self.plans:
+            if plan.holds(self.module):
+                return plan
+        return None
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+
+def forked_call(module: nn.Module, x: Tensor, shortcut: Tensor, forked: bool) -> tuple[Tensor, Tensor]:
+    """module(x) for two uses, ``x`` and ``shortcut`` being one value for two uses; see ``ForkedBlock``."""
+    if takes_pairs(module):
+        return cast(ForkedBlock, module).forward_forked(x, shortcut, forked)
+    fused = module.__dict__.get("forward")
+    pair = fused.forward_forked(x, shortcut, forked) if isinstance(fused, FusedForward) else None
+    if pair is not None:
+        return pair
+    y = module(x)
+    return y, y
+
+
+def _by_position(
+    inputs: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments by position, where all of them are inputs; else as they are."""
+    missing = inputs[len(args) :]
+    if kwargs.keys() != set(missing):
+        return args, kwargs
+    return (*args, *(kwargs[name] for name in missing)), {}
+
+
+def _compiled(source: str, names: dict[str, Any]) -> Callable[..., Any]:
+    """The function ``forward`` of the source, whose lines tracebacks and debuggers show."""
+    file = f"<resfused.fuse_ {next(_numbers)}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    scope = dict(names)
+    exec(compile(source, file, "exec"), scope)
+    return scope["forward"]
+
+
+class _Named(NamedTuple):
+    """A module, function or class by its name, as pickle would not find all of PyTorch's."""
+
+    name: str
+
+
+def _reference(value: Any) -> Any:
+    if isinstance(value, ModuleType):
+        return _Named(value.__name__)
+    if callable(value):
+        name = _Named(_get_qualified_name(value))
+        if _resolved(name) is value:
+            return name
+    return value
+
+
+def _resolved(value: Any) -> Any:
+    if not isinstance(value, _Named):
+        return value
+    if "." not in value.name:
+        return getattr(builtins, value.name, None) or import_module(value.name)
+    return resolve_name(value.name)
+
+
+def _restored(source: str, names: dict[str, Any], *rest: Any) -> Plan:
+    return Plan(source, {name: _resolved(value) for name, value in names.items()}, *rest)

@@ -1,0 +1,250 @@
+"""Where a torch.fx graph computes relu(norm(x) + s), and the same graph with one call there."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .calls import functional_tail, tail_pair
+from .norms import is_watched
+
+_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
+_IN_PLACE = (operator.iadd, "add_")
+_FRESH = ("torch.nn.modules.conv", "torch.nn.modules.linear", "torch.nn.modules.batchnorm", "torch.nn.modules.pooling")
+_BATCH_NORM = inspect.signature(F.batch_norm)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place: its form, the paths of its norms, whether they are calls of ``F.batch_norm``, the modules that are not
+    called any more."""
+
+    form: str
+    norms: tuple[str, ...]
+    functional: bool
+    skipped: tuple[str, ...]
+
+
+class Operand(NamedTuple):
+    """A norm's call, and the identities between it and where its output is used; the last of them first."""
+
+    norm: fx.Node
+    passed: tuple[fx.Node, ...]
+
+
+def is_norm(module: object) -> bool:
+    """Whether calling it is what ``tail`` does with a norm."""
+    return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def is_relu(module: object) -> bool:
+    return isinstance(module, nn.ReLU) and type(module).forward is nn.ReLU.forward
+
+
+def is_identity(module: object) -> bool:
+    return type(module) is nn.Identity
+
+
+def is_fresh(module: object) -> bool:
+    """Whether its output is a tensor of its own, and its input left as it is."""
+    return isinstance(module, nn.Module) and type(module).__module__ in _FRESH
+
+
+class Matcher:
+    """The sites of one graph, whose calls are of submodules of ``root``."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module, allowed: Callable[[nn.Module], bool]):
+        """``allowed``: whether a norm may be fused."""
+        self.graph = graph
+        self.root = root
+        self.allowed = allowed
+
+    def module(self, node: object) -> nn.Module | None:
+        """What a call_module node calls."""
+        if not isinstance(node, fx.Node) or node.op != "call_module":
+            return None
+        return self.root.get_submodule(str(node.target))
+
+    def relus(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if self.is_relu(node)]
+
+    def is_relu(self, node: fx.Node) -> bool:
+        if node.op == "call_function":
+            return node.target in _RELUS and isinstance(node.args[0], fx.Node)
+        if node.op == "call_method":
+            return node.target in ("relu", "relu_")
+        module = self.module(node)
+        return is_relu(module) and is_plain_call(node) and not is_watched(module)  # type: ignore[arg-type]
+
+    def peel(self, node: object) -> tuple[object, tuple[fx.Node, ...]]:
+        """The node without the identities behind it, which nothing else uses; and they."""
+        passed: list[fx.Node] = []
+        while isinstance(node, fx.Node) and is_identity(self.module(node)) and len(node.users) == 1:
+            if is_watched(self.module(node)) or not is_plain_call(node):  # type: ignore[arg-type]
+                break
+            passed.append(node)
+            node = node.args[0]
+        return node, tuple(passed)
+
+    def addends(self, node: object) -> tuple[fx.Node, fx.Node] | None:
+        """What an addition adds, if it is one of two values."""
+        if not isinstance(node, fx.Node) or len(node.args) != 2 or node.kwargs:
+            return None
+        known = node.target in (_ADDITIONS if node.op == "call_function" else ("add", "add_"))
+        if node.op not in ("call_function", "call_method") or not known:
+            return None
+        a, b = node.args
+        return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
+
+    def is_norm_call(self, node: object) -> bool:
+        module = self.module(node)
+        if module is not None:
+            return is_norm(module) and is_plain_call(node)  # type: ignore[arg-type]
+        return isinstance(node, fx.Node) and node.op == "call_function" and node.target is F.batch_norm
+
+    def fuse(self) -> list[Site]:
+        """Rewrites every site that can be; the sites."""
+        return [site for node in self.relus() if (site := self._fuse_at(node)) is not None]
+
+    def _fuse_at(self, relu: fx.Node) -> Site | None:
+        source, passed = self.peel(relu.args[0])
+        operand = self._operand(source, ())
+        if operand is not None:
+            return self._rewrite(relu, None, passed, operand, None, None)
+        pair = self.addends(source)
+        if pair is None or len(source.users) != 1:  # type: ignore[attr-defined]
+            return None
+        operands = [self._operand(*self.peel(addend)) for addend in pair]
+        addition: fx.Node = source  # type: ignore[assignment]
+        if not any(operands) or self._changes_others(addition, operands):
+            return None
+        if self._mutations(addition, relu, {*passed}):
+            return None
+        first = 0 if operands[0] is not None else 1
+        main, other = operands[first], operands[1 - first]
+        if main is None:
+            return None
+        if other is not None and self._is_functional(main) != self._is_functional(other):
+            other = None
+        return self._rewrite(relu, addition, passed, main, pair[1 - first], other)
+
+    def _operand(self, node: object, passed: tuple[fx.Node, ...]) -> Operand | None:
+        """The norm whose call ``node`` is, if it may be moved to the ReLU."""
+        if not self.is_norm_call(node) or len(node.users) != 1:  # type: ignore[attr-defined]
+            return None
+        call: fx.Node = node  # type: ignore[assignment]
+        norm = self.root.get_submodule(self._norm_path(call))
+        if isinstance(norm, _BatchNorm) and not self.allowed(norm):
+            return None
+        if call.op == "call_module" and (is_watched(norm) or len(list(calls_of(self.graph, str(call.target)))) != 1):
+            return None
+        return Operand(call, passed)
+
+    def _is_functional(self, operand: Operand) -> bool:
+        return operand.norm.op == "call_function"
+
+    def _changes_others(self, addition: fx.Node, operands: list[Operand | None]) -> bool:
+        """Whether it adds in place to something that others may hold."""
+        if addition.target not in _IN_PLACE or operands[0] is not None:
+            return False
+        target = addition.args[0]
+        return len(target.users) != 1 or not is_fresh(self.module(target))  # type: ignore[union-attr]
+
+    def _mutations(self, first: fx.Node, last: fx.Node, harmless: set[fx.Node]) -> bool:
+        """Whether anything between the two may change a tensor in place."""
+        node = first.next
+        while node is not last:
+            if node not in harmless and self._may_mutate(node):
+                return True
+            node = node.next
+        return False
+
+    def _may_mutate(self, node: fx.Node) -> bool:
+        if node.op in ("get_attr", "placeholder"):
+            return False
+        if node.op == "call_module":
+            return not (is_fresh(self.module(node)) or is_identity(self.module(node)))
+        name = str(getattr(node.target, "__name__", node.target))
+        return name.endswith("_") or node.target in (operator.iadd, operator.imul, operator.isub, operator.setitem)
+
+    def _rewrite(
+        self,
+        relu: fx.Node,
+        addition: fx.Node | None,
+        passed: tuple[fx.Node, ...],
+        main: Operand,
+        residual: fx.Node | None,
+        other: Operand | None,
+    ) -> Site | None:
+        operands = [o for o in (main, other) if o is not None]
+        pattern = {*passed, *(n for o in operands for n in (o.norm, *o.passed))} | ({addition} if addition else set())
+        for operand in operands:
+            alone = len(operand.norm.args[0].users) == 1 and operand.norm.args[0].op != "placeholder"  # type: ignore[union-attr]
+            if not alone and self._mutations(operand.norm, relu, pattern):
+                return None
+        with self.graph.inserting_before(relu):
+            kept = self._kept(addition, residual)
+            if self._is_functional(main):
+                fused = self._functional(main, residual, other, kept)
+            else:
+                fused = self._tail(main, residual, other, kept)
+        relu.replace_all_uses_with(fused)
+        skipped = [n for n in (relu, *pattern) if n.op == "call_module" and n not in [o.norm for o in operands]]
+        norms = tuple(self._norm_path(o.norm) for o in operands)
+        for node in sorted((relu, *pattern), reverse=True):
+            self.graph.erase_node(node)
+        form = "norm+relu" if residual is None else "norm+add+relu" if other is None else "norm+add(norm)+relu"
+        return Site(form, norms, self._is_functional(main), tuple(sorted({str(n.target) for n in skipped})))
+
+    def _norm_path(self, norm: fx.Node) -> str:
+        """Of a call of ``F.batch_norm``: the module that has its statistics or weight."""
+        if norm.op == "call_module":
+            return str(norm.target)
+        for value in _batch_norm_arguments(norm).values():
+            if isinstance(value, fx.Node) and value.op == "get_attr":
+                return str(value.target).rpartition(".")[0]
+        return ""
+
+    def _kept(self, addition: fx.Node | None, residual: fx.Node | None) -> str | None:
+        """Whose dtype the sum has, see ``calls.KEPT``."""
+        if addition is None or addition.target not in _IN_PLACE:
+            return None
+        return "residual" if addition.args[0] is residual else "input"
+
+    def _tail(self, main: Operand, residual: fx.Node | None, other: Operand | None, kept: str | None) -> fx.Node:
+        norm = self.graph.get_attr(str(main.norm.target))
+        residual_norm = None
+        if other is not None:
+            residual, residual_norm = other.norm.args[0], self.graph.get_attr(str(other.norm.target))  # type: ignore[assignment]
+        pair = self.graph.call_function(tail_pair, (norm, main.norm.args[0], residual, residual_norm, kept, False))
+        return self.graph.call_function(operator.getitem, (pair, 0))
+
+    def _functional(self, main: Operand, residual: fx.Node | None, other: Operand | None, kept: str | None) -> fx.Node:
+        own = tuple(_batch_norm_arguments(main.norm).values())
+        second = None if other is None else tuple(_batch_norm_arguments(other.norm).values())
+        residual = residual if second is None else None
+        return self.graph.call_function(functional_tail, (own, residual, second, kept))
+
+
+def is_plain_call(node: fx.Node) -> bool:
+    """Of one value, given by position."""
+    return len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
+
+
+def _batch_norm_arguments(node: fx.Node) -> dict[str, Any]:
+    bound = _BATCH_NORM.bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+def calls_of(graph: fx.Graph, path: str) -> Iterator[fx.Node]:
+    return (node for node in graph.nodes if node.op == "call_module" and node.target == path)

@@ -1,0 +1,98 @@
+"""Why ``fuse_`` left a BatchNorm as it is, in words."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .matching import Matcher, calls_of, is_identity, is_norm
+from .norms import is_watched
+from .planning import Planner
+from .report import Fused, Left
+from .tracing import UntraceableError
+
+
+def left(planner: Planner, fused: tuple[Fused, ...]) -> tuple[Left, ...]:
+    """Every BatchNorm that is in none of the fused places, nor in a block or norm of resfused's own."""
+    done = {name for entry in fused for name in entry.norms}
+    return tuple(
+        Left(name, _reason(planner, module))
+        for module, name in planner.names.items()
+        if isinstance(module, _BatchNorm) and name not in done and not planner.is_ours(module)
+    )
+
+
+def _reason(planner: Planner, norm: nn.Module) -> str:
+    if not planner.allowed(norm):
+        return "filter_fn refuses it"
+    if is_watched(norm):
+        return "a hook is on it"
+    if isinstance(norm, nn.modules.batchnorm._LazyNormBase):
+        return "it is lazy: run the model once before"
+    if not is_norm(norm):
+        return _inside(planner, norm)
+    return _use(planner, norm)
+
+
+def _inside(planner: Planner, norm: nn.Module) -> str:
+    """Of a subclass with a forward of its own."""
+    try:
+        graph = planner.trace(norm, True).graph
+    except UntraceableError as error:
+        return f"the forward of its class {type(norm).__name__} cannot be traced: {error}"
+    calls = graph.find_nodes(op="call_function", target=F.batch_norm)
+    if len(calls) != 1:
+        return f"the forward of its class {type(norm).__name__} calls F.batch_norm {len(calls)} times"
+    return _follow(planner, Matcher(graph, norm, planner.allowed), calls[0])
+
+
+def _use(planner: Planner, module: nn.Module) -> str:
+    """What becomes of the module's output."""
+    for ancestor in planner.ancestors(module):
+        path = planner.names[module].removeprefix(planner.names[ancestor]).lstrip(".")
+        if isinstance(ancestor, (nn.ModuleList, nn.ModuleDict)):
+            continue
+        try:
+            graph = planner.trace(ancestor, True).graph
+        except UntraceableError as error:
+            return f"{_named(planner, ancestor)} cannot be traced: {error}"
+        calls = list(calls_of(graph, path))
+        if len(calls) > 1:
+            return f"{_named(planner, ancestor)} calls it {len(calls)} times"
+        if calls:
+            return _follow(planner, Matcher(graph, ancestor, planner.allowed), calls[0])
+    return "no code that could be traced calls it, or its output is the model's"
+
+
+def _follow(planner: Planner, matcher: Matcher, node: fx.Node) -> str:
+    what = "its output"
+    while True:
+        if len(node.users) != 1:
+            return f"{what} is used {len(node.users)} times"
+        (user,) = node.users
+        if user.op == "output":
+            return _use(planner, matcher.root)
+        if matcher.addends(user) is not None and what == "its output":
+            what = "its sum with the other addend"
+        elif not is_identity(matcher.module(user)):
+            return _followed(planner, matcher, user, what)
+        node = user
+
+
+def _followed(planner: Planner, matcher: Matcher, user: fx.Node, what: str) -> str:
+    module = matcher.module(user)
+    if module is None:
+        if matcher.is_relu(user):
+            return f"{what} may be changed in place before the ReLU, or the addition changes what others hold"
+        return f"{what} goes to {getattr(user.target, '__name__', user.target)}, not to a ReLU"
+    if isinstance(module, nn.ReLU):
+        if is_watched(module):
+            return f"a hook is on the ReLU that follows, {planner.names[module]}"
+        return f"{what} may be changed in place before the ReLU, or the addition changes what others hold"
+    return f"{what} goes to {planner.names[module]}, a {type(module).__name__}, not to a ReLU"
+
+
+def _named(planner: Planner, module: nn.Module) -> str:
+    name = planner.names[module]
+    return f"{name}, a {type(module).__name__}," if name else f"the model, a {type(module).__name__},"
