@@ -10,8 +10,9 @@ version = re.search(r'__version__ = "(.+)"', (root / "resfused" / "version.py").
 if version is None:
     raise RuntimeError("resfused/version.py must define __version__")
 
-bench = ["rich>=13", "matplotlib>=3.8"]
-test = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "expecttest>=0.2", *bench]
+bench = ["matplotlib>=3.8", "scikit-learn>=1.5"]
+networks = ["torchvision", "timm>=1", "transformers>=4.50"]
+test = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "expecttest>=0.2", "onnx", "onnxscript", *networks, *bench]
 
 setup(
     name="resfused",
@@ -27,6 +28,7 @@ setup(
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.8",
+        "rich>=13",
         # Triton has wheels for Linux only; elsewhere plain PyTorch operators run.
         "triton>=3.4; platform_system == 'Linux'",
     ],

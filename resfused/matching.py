@@ -174,7 +174,8 @@ class Matcher:
         if node.op == "call_module":
             return not (is_fresh(self.module(node)) or is_identity(self.module(node)))
         name = str(getattr(node.target, "__name__", node.target))
-        return name.endswith("_") or node.target in (operator.iadd, operator.imul, operator.isub, operator.setitem)
+        in_place = getattr(node.target, "__module__", "") == "_operator" and name.startswith("i")
+        return name.endswith("_") or in_place or bool(node.kwargs.get("inplace"))
 
     def _rewrite(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import enum
 import inspect
+import operator
 import random
 import types
 from collections.abc import Callable, Iterator
@@ -91,10 +92,25 @@ def _containers(module: nn.Module, path: str = "") -> Iterator[Container]:
             yield from _containers(child, f"{path}.{name}" if path else name)
 
 
+class _Proxy(fx.Proxy):
+    """One whose ``x += y`` stays an addition in place, where torch.fx makes it ``x = x + y``."""
+
+
+def _in_place(function: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
+    setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
+
+
 class _Tracer(fx.Tracer):
     """Every submodule is a leaf, every parameter and buffer a value."""
 
     proxy_buffer_attributes = True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
