@@ -26,8 +26,12 @@ from .norms import (
     BatchNormReLU1d,
     BatchNormReLU2d,
     BatchNormReLU3d,
+    SyncBatchNormAddReLU,
+    SyncBatchNormReLU,
+    convert_sync_batchnorm,
     tail,
 )
+from .synchronised import SynchronisedResidualBlock
 from .version import __version__
 
 __all__ = [
@@ -43,8 +47,12 @@ __all__ = [
     "ProjectionResidualBlock",
     "ResidualBlock",
     "Sequential",
+    "SyncBatchNormAddReLU",
+    "SyncBatchNormReLU",
+    "SynchronisedResidualBlock",
     "__version__",
     "backend_for",
+    "convert_sync_batchnorm",
     "functional",
     "get_backend",
     "reference",
