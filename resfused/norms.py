@@ -105,13 +105,12 @@ def _fused(
         _, residual_own = _call(residual_norm)
     process_group = _process_group(norm)
     check_call(input, residual, own, residual_own, training, synchronised=process_group is not None)
-    if process_group is None:
-        pair = normalise_add_relu(input, residual, own, residual_own, training, forked)
-    else:
-        pair = synchronised.normalise_add_relu(input, residual, own, residual_own, process_group, forked)
+    # Before the node: a checkpoint's recomputation stops in it, and counts as PyTorch's does.
     for each in (norm, residual_norm):
         _count(each)
-    return pair
+    if process_group is None:
+        return normalise_add_relu(input, residual, own, residual_own, training, forked)
+    return synchronised.normalise_add_relu(input, residual, own, residual_own, process_group, forked)
 
 
 def _check_input(norm: _BatchNorm, input: Any) -> None:
@@ -178,7 +177,8 @@ class SyncBatchNormReLU(_BatchNormReLU, nn.SyncBatchNorm):
 
     Statistics are those of all processes of the group, the same in every one; batches may differ in size, or be empty.
     It runs on the CPU too. Errors: ValueError for fewer than 2 dimensions, for no channels, and where every batch is
-    empty; RuntimeError for a second derivative; otherwise those of ``resfused.functional``.
+    empty (found out after ``num_batches_tracked`` has counted the call); RuntimeError for a second derivative;
+    otherwise those of ``resfused.functional``.
     """
 
 

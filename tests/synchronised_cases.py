@@ -127,7 +127,7 @@ def check(
         with Collectives() if compiler is None else nullcontext() as counted:
             pair = call(*leaves, *[None] * (2 - len(leaves)))
             assert pair[0].dtype == dtype
-            assert not forked or pair[0] is not pair[1]
+            assert not forked or compiler is not None or pair[0] is not pair[1]
             dys = [in_layout(torch.randn_like(expected_leaves[0]).to(dtype), layout) for _ in pair]
             expected = expected_norms[0](expected_leaves[0])
             if form == FORMS[1]:
@@ -169,7 +169,8 @@ def all_processes_empty():
     before = copy.deepcopy(norm.state_dict())
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         resfused.tail(norm, torch.empty(0, CHANNELS, 4, 3, dtype=torch.float64))
-    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+    # As in torch.nn.SyncBatchNorm, the call has been counted by then.
+    assert all(torch.equal(v, before[n]) for n, v in norm.state_dict().items() if n != "num_batches_tracked")
 
 
 def second_derivative():
