@@ -12,7 +12,16 @@ if version is None:
 
 bench = ["matplotlib>=3.8", "scikit-learn>=1.5"]
 networks = ["torchvision", "timm>=1", "transformers>=4.50"]
-test = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "expecttest>=0.2", "onnx", "onnxscript", *networks, *bench]
+test = [
+    "pytest>=8",
+    "pytest-xdist>=3.5",
+    "hypothesis>=6.100",
+    "expecttest>=0.2",
+    "onnx",
+    "onnxscript",
+    *networks,
+    *bench,
+]
 
 setup(
     name="resfused",

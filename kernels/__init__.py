@@ -3,8 +3,8 @@
 from triton import knobs
 
 from . import launch_table
-from .backward import Gradients, backward
-from .forward import Norm, accumulator, forward
+from .backward import Gradients, backward, input_gradients, local_sums
+from .forward import Norm, accumulator, forward, local_statistics, normalise
 from .geometry import dense, geometry, unpack_mask
 
 INTERPRETED: bool = bool(knobs.runtime.interpret)
@@ -19,6 +19,10 @@ __all__ = [
     "dense",
     "forward",
     "geometry",
+    "input_gradients",
     "launch_table",
+    "local_statistics",
+    "local_sums",
+    "normalise",
     "unpack_mask",
 ]

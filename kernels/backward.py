@@ -309,41 +309,70 @@ def backward(
     ``residual_norm``, ``residual_dtype`` only without; no ``stats`` means frozen statistics. Launches: reduce, merge,
     apply; the merge only for sums that something needs, the apply only where an input's gradient waits for them.
     """
-    x = dense(x)
-    g = geometry(x)
-    dy = in_layout_of(dy, x)
-    if dy_fork is not None:
-        dy_fork = in_layout_of(dy_fork, x)
-    if residual is not None:
-        residual = in_layout_of(residual, x)
-    dx = torch.empty_like(x) if wanted.x else None
+    call = _prepare(dy, dy_fork, x, residual, mask, stats, norm, residual_norm)
+    dx = torch.empty_like(call.x) if wanted.x else None
     dz = dresidual = None
     if wanted.residual and residual_norm is None:
-        dz = torch.empty_like(x, dtype=residual_dtype)
-    elif wanted.residual and residual is not None:
-        dresidual = torch.empty_like(residual)
-    parameters = [
-        torch.empty_like(p, memory_format=torch.contiguous_format) if want and p is not None else None
-        for p, want in zip(_parameters(norm, residual_norm), wanted[2:], strict=True)
-    ]
-    second = norm if residual_norm is None else residual_norm
-    mean, rstd, residual_mean, residual_rstd = means_and_rstds(stats, norm, residual_norm)
-    call = _Call(
-        (dy, dy_fork),
-        x,
-        residual,
-        mask,
-        (mean, rstd, norm.weight, norm.bias, residual_mean, residual_rstd, second.weight, second.bias),
-        (norm.eps, second.eps),
-        2 if residual_norm is None else 3,
-        g,
-        accumulator(x, residual, dy),
-    )
-    if stats is not None and any(t is not None for t in (dx, dresidual)) and launch_table.takes_one_launch(g):
+        dz = torch.empty_like(call.x, dtype=residual_dtype)
+    elif wanted.residual and call.residual is not None:
+        dresidual = torch.empty_like(call.residual)
+    parameters = _parameter_gradients(norm, residual_norm, wanted)
+    if stats is not None and any(t is not None for t in (dx, dresidual)) and launch_table.takes_one_launch(call.g):
         _launch_backward(call, dz, dx, dresidual, parameters)
     else:
         _launch_phases(call, dz, dx, dresidual, parameters, frozen=stats is None)
     return Gradients(dx, dresidual if dz is None else dz, *parameters)
+
+
+def local_sums(
+    dy: Tensor,
+    dy_fork: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    residual_dtype: torch.dtype | None,
+    mask: Tensor | None,
+    stats: Tensor,
+    norm: Norm,
+    residual_norm: Norm | None,
+    wanted: Gradients,
+) -> tuple[Tensor, Gradients]:
+    """Every channel's sum of dz, dz·x̂ and, where the residual is normed, dz·ŝ: (2 or 3, C); gradients that are local.
+
+    The first phase of ``backward``, with its arguments, for statistics over several processes. The gradients are the
+    parameters' and that of a residual without a norm, where wanted. Two launches.
+    """
+    call = _prepare(dy, dy_fork, x, residual, mask, stats, norm, residual_norm)
+    residual_alone = wanted.residual and residual_norm is None
+    dz = torch.empty_like(call.x, dtype=residual_dtype) if residual_alone else None
+    parameters = _parameter_gradients(norm, residual_norm, wanted)
+    sums = call.x.new_empty((call.rows, call.g.channels), dtype=call.acc)
+    _launch_sums(call, dz, (None, None), parameters, sums, frozen=False)
+    return sums, Gradients(None, dz, *parameters)
+
+
+def input_gradients(
+    dy: Tensor,
+    dy_fork: Tensor | None,
+    dz: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    stats: Tensor,
+    means: Tensor,
+    norm: Norm,
+    residual_norm: Norm | None,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The last phase of ``backward``: the wanted of dx and, where the residual is normed, its gradient. One launch.
+
+    ``means``: the sums of ``local_sums`` over all processes, divided by the values per channel of all; ``dz``: the
+    residual's gradient, where ``local_sums`` made it.
+    """
+    call = _prepare(dy, dy_fork, x, residual, mask, stats, norm, residual_norm)
+    dx = torch.empty_like(call.x) if wanted[0] else None
+    dresidual = torch.empty_like(call.residual) if wanted[1] and call.residual is not None else None
+    _launch_apply(call, None if dz is None else in_layout_of(dz, call.x), dx, dresidual, means, 1)
+    return dx, dresidual
 
 
 class _Call(NamedTuple):
@@ -354,10 +383,41 @@ class _Call(NamedTuple):
     residual: Tensor | None
     mask: Tensor | None
     norms: tuple[Tensor | None, ...]
-    eps: tuple[float, float]
+    eps: tuple[float | None, float | None]
     rows: int
     g: Geometry
     acc: torch.dtype
+
+
+def _prepare(
+    dy: Tensor,
+    dy_fork: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    stats: Tensor | None,
+    norm: Norm,
+    residual_norm: Norm | None,
+) -> _Call:
+    x = dense(x)
+    dy = in_layout_of(dy, x)
+    if dy_fork is not None:
+        dy_fork = in_layout_of(dy_fork, x)
+    if residual is not None:
+        residual = in_layout_of(residual, x)
+    second = norm if residual_norm is None else residual_norm
+    mean, rstd, residual_mean, residual_rstd = means_and_rstds(stats, norm, residual_norm)
+    return _Call(
+        (dy, dy_fork),
+        x,
+        residual,
+        mask,
+        (mean, rstd, norm.weight, norm.bias, residual_mean, residual_rstd, second.weight, second.bias),
+        (norm.eps, second.eps),
+        2 if residual_norm is None else 3,
+        geometry(x),
+        accumulator(x, residual, dy),
+    )
 
 
 def _launch_phases(
@@ -369,37 +429,56 @@ def _launch_phases(
     frozen: bool,
 ) -> None:
     """Fills the gradients that are not None, in three launches at most."""
-    x, g = call.x, call.g
-    sizes = (g.groups, g.positions, g.columns)
     # With batch statistics an input's gradient waits for the sums; without, it is local.
     waiting = (None, None) if frozen else (dx, dresidual)
     local = (dx, dresidual) if frozen else (None, None)
-    partials = None
+    sums = None
     if any(t is not None for t in (*waiting, *parameters)):
-        programs = launch_table.streaming("reduce", g, call.acc is torch.float64).programs
-        partials = x.new_empty((call.rows, programs, g.columns), dtype=call.acc)
+        sums = call.x.new_empty((call.rows, call.g.channels), dtype=call.acc)
+    _launch_sums(call, dz, local, parameters, sums, frozen)
+    if sums is not None and any(t is not None for t in waiting):
+        _launch_apply(call, dz, *waiting, sums, call.g.values)
+
+
+def _launch_sums(
+    call: _Call,
+    dz: Tensor | None,
+    local: tuple[Tensor | None, Tensor | None],
+    parameters: list[Tensor | None],
+    sums: Tensor | None,
+    frozen: bool,
+) -> None:
+    """Fills ``dz`` and ``local``, in one launch; with ``sums`` also those and ``parameters``, in another."""
+    x, g = call.x, call.g
+    launch = launch_table.streaming("reduce", g, call.acc is torch.float64)
+    partials = None if sums is None else x.new_empty((call.rows, launch.programs, g.columns), dtype=call.acc)
     grid, options = tile_options("reduce", g, call.acc)
     _reduce_kernel[grid](
-        *call.gradients, x, call.residual, call.mask, dz, *local, partials, *call.norms, *sizes,
-        EPS=call.eps[0], RESIDUAL_EPS=call.eps[1], FROZEN=frozen, **options,
+        *call.gradients, x, call.residual, call.mask, dz, *local, partials, *call.norms,
+        g.groups, g.positions, g.columns, EPS=call.eps[0], RESIDUAL_EPS=call.eps[1], FROZEN=frozen, **options,
     )  # fmt: skip
     if partials is None:
         return
-    sums = x.new_empty((call.rows, g.channels), dtype=call.acc)
-    merge = launch_table.merge(programs * g.plane, g.channels)
+    merge = launch_table.merge(launch.programs * g.plane, g.channels)
     _merge_sums_kernel[(merge.channel_blocks,)](
-        partials, sums, *parameters, g.channels, programs,
+        partials, sums, *parameters, g.channels, launch.programs,
         ROWS=call.rows, PLANE=g.plane, BLOCK_P=merge.block_programs, BLOCK_C=merge.block_channels, ACC=options["ACC"],
         num_warps=merge.warps,
     )  # fmt: skip
-    if any(t is not None for t in waiting):
-        # dz is dy already masked (and added up), unless it was rounded to a narrower dtype.
-        is_dz = dz is not None and dz.dtype is call.gradients[0].dtype
-        grid, options = tile_options("apply", g, call.acc)
-        _apply_kernel[grid](
-            *((dz, None) if is_dz else call.gradients), x, call.residual, call.mask, sums, *waiting, *call.norms,
-            g.values, *sizes, IS_DZ=is_dz, **options,
-        )  # fmt: skip
+
+
+def _launch_apply(
+    call: _Call, dz: Tensor | None, dx: Tensor | None, dresidual: Tensor | None, sums: Tensor, values: int
+) -> None:
+    """Fills the inputs' gradients, from ``sums`` over so many ``values`` of each channel."""
+    g = call.g
+    # dz is dy already masked (and added up), unless it was rounded to a narrower dtype.
+    is_dz = dz is not None and dz.dtype is call.gradients[0].dtype
+    grid, options = tile_options("apply", g, call.acc)
+    _apply_kernel[grid](
+        *((dz, None) if is_dz else call.gradients), call.x, call.residual, call.mask, sums, dx, dresidual,
+        *call.norms, values, g.groups, g.positions, g.columns, IS_DZ=is_dz, **options,
+    )  # fmt: skip
 
 
 def _launch_backward(
@@ -419,6 +498,10 @@ def _launch_backward(
     )  # fmt: skip
 
 
-def _parameters(norm: Norm, residual_norm: Norm | None) -> tuple[Tensor | None, ...]:
+def _parameter_gradients(norm: Norm, residual_norm: Norm | None, wanted: Gradients) -> list[Tensor | None]:
+    """Room for the wanted gradients of the parameters."""
     second = (None, None) if residual_norm is None else (residual_norm.weight, residual_norm.bias)
-    return norm.weight, norm.bias, *second
+    return [
+        torch.empty_like(p, memory_format=torch.contiguous_format) if want and p is not None else None
+        for p, want in zip((norm.weight, norm.bias, *second), wanted[2:], strict=True)
+    ]

@@ -95,7 +95,10 @@ def _merge_statistics(
     partials, counts, stats, running_mean, running_var, momentum, momentum_rest, M, C, programs, channel_block,
     EPS: tl.constexpr, PLANE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One norm's partials (mean, M2) merged into ``stats`` (mean, rstd), and its running statistics updated."""
+    """One norm's partials (mean, M2) merged into ``stats``, and its running statistics updated.
+
+    ``stats`` is (mean, rstd), or where EPS is None (mean, M2), for a merge with what other processes found.
+    """
     c, c_inside = channels_of(channel_block, C, BLOCK_C)
     count = tl.zeros((BLOCK_P,), ACC)
     mean = tl.zeros((BLOCK_P, BLOCK_C), ACC)
@@ -112,7 +115,10 @@ def _merge_statistics(
         mean += delta * share
     _, mean, m2 = merge_lanes(count, mean, m2, True)
     tl.store(stats + c, mean, mask=c_inside)
-    tl.store(stats + C + c, 1 / tl.sqrt(m2 / M + EPS), mask=c_inside)
+    if EPS is None:
+        tl.store(stats + C + c, m2, mask=c_inside)
+    else:
+        tl.store(stats + C + c, 1 / tl.sqrt(m2 / M + EPS), mask=c_inside)
     if running_mean is not None:
         _update(running_mean, mean, momentum, momentum_rest, c, c_inside)
     if running_var is not None:
@@ -257,14 +263,17 @@ def _forward_kernel(
 
 
 class Norm(NamedTuple):
-    """One BatchNorm's tensors, each of shape (C,) or None, and numbers."""
+    """One BatchNorm's tensors, each of shape (C,) or None, and numbers; no eps where nothing is to be normalised."""
 
     weight: Tensor | None
     bias: Tensor | None
     running_mean: Tensor | None
     running_var: Tensor | None
     momentum: float
-    eps: float
+    eps: float | None
+
+
+_NOTHING_BUT_STATISTICS = Norm(None, None, None, None, 0.0, None)
 
 
 def accumulator(*tensors: Tensor | None) -> torch.dtype:
@@ -329,17 +338,8 @@ def forward(
     statistics (mean, rstd[, mean, rstd]), float32 or float64, after updating the running ones. One launch; three with
     ``training``, or one and the clearing of its counters where the launch table says so.
     """
-    x = dense(x)
-    g = geometry(x)
-    dtype = x.dtype
-    if residual is not None:
-        residual = in_layout_of(residual, x)
-        dtype = torch.promote_types(dtype, residual.dtype)
-    y = torch.empty_like(x, dtype=dtype)
-    mask = None
-    if save_mask and needs_mask(residual, residual_norm):
-        mask = x.new_empty(g.mask_numel, dtype=torch.uint8)
-    acc = accumulator(x, residual)
+    x, residual, g, acc = _prepare(x, residual)
+    y, mask = _outputs(x, residual, residual_norm, g, save_mask)
     if not training:
         _launch_normalise(x, residual, y, mask, None, norm, residual_norm, g, acc)
         return y, mask, None
@@ -350,6 +350,43 @@ def forward(
         _launch_statistics(x, residual, stats, norm, residual_norm, g, acc)
         _launch_normalise(x, residual, y, mask, stats, norm, residual_norm, g, acc)
     return y, mask, stats
+
+
+def local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) -> Tensor:
+    """Every channel's (mean, M2) in ``x``, with ``norm_residual`` followed by those in ``residual``: (2 or 4, C).
+
+    The first phase of ``forward``, for statistics over several processes, in the precision of its own. Two launches.
+    """
+    x, residual, g, acc = _prepare(x, residual)
+    stats = x.new_empty((4 if norm_residual else 2, g.channels), dtype=acc)
+    second = _NOTHING_BUT_STATISTICS if norm_residual else None
+    _launch_statistics(x, residual, stats, _NOTHING_BUT_STATISTICS, second, g, acc)
+    return stats
+
+
+def normalise(
+    x: Tensor, residual: Tensor | None, stats: Tensor, norm: Norm, residual_norm: Norm | None
+) -> tuple[Tensor, Tensor | None]:
+    """The last phase of ``forward``: y and its mask with given ``stats``, (mean, rstd[, mean, rstd]). One launch."""
+    x, residual, g, acc = _prepare(x, residual)
+    y, mask = _outputs(x, residual, residual_norm, g, save_mask=True)
+    _launch_normalise(x, residual, y, mask, stats, norm, residual_norm, g, acc)
+    return y, mask
+
+
+def _prepare(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None, Geometry, torch.dtype]:
+    """The activations in one layout, their geometry, the dtype of the arithmetic on them."""
+    x = dense(x)
+    return x, None if residual is None else in_layout_of(residual, x), geometry(x), accumulator(x, residual)
+
+
+def _outputs(
+    x: Tensor, residual: Tensor | None, residual_norm: Norm | None, g: Geometry, save_mask: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Room for y, and for its mask where one is to be saved and needed."""
+    y = torch.empty_like(x, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+    masked = save_mask and needs_mask(residual, residual_norm)
+    return y, x.new_empty(g.mask_numel, dtype=torch.uint8) if masked else None
 
 
 def _launch_statistics(

@@ -27,9 +27,13 @@ from .norms import (
     BatchNormReLU1d,
     BatchNormReLU2d,
     BatchNormReLU3d,
+    SyncBatchNormAddReLU,
+    SyncBatchNormReLU,
+    convert_sync_batchnorm,
     tail,
 )
 from .report import Fused, Left, Report
+from .synchronised import SynchronisedResidualBlock
 from .version import __version__
 
 __all__ = [
@@ -48,8 +52,12 @@ __all__ = [
     "Report",
     "ResidualBlock",
     "Sequential",
+    "SyncBatchNormAddReLU",
+    "SyncBatchNormReLU",
+    "SynchronisedResidualBlock",
     "__version__",
     "backend_for",
+    "convert_sync_batchnorm",
     "functional",
     "fuse_",
     "get_backend",

@@ -29,14 +29,33 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a Tensor, but got {type(value).__name__}")
 
 
-def check_call(input: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool) -> None:
-    """Raises what ``resfused.functional`` says; a missing residual is the form that has none."""
+def check_call(
+    input: Tensor,
+    residual: Tensor | None,
+    norm: Norm,
+    residual_norm: Norm | None,
+    training: bool,
+    synchronised: bool = False,
+) -> None:
+    """Raises what ``resfused.functional`` says; a missing residual is the form that has none.
+
+    With ``synchronised`` statistics one value per channel is enough: other processes have more.
+    """
     _check_activation(input)
+    if training and not synchronised:
+        _check_values(input)
     _check_norm(input, norm, training)
     if residual is not None:
         _check_residual(residual, input)
         if residual_norm is not None:
             _check_norm(residual, residual_norm, training, prefix="residual_")
+
+
+def _check_values(input: Tensor) -> None:
+    if input.dim() > 1 and input.numel() == input.shape[1] > 0:
+        raise ValueError(
+            f"input must have more than one value per channel in training, but got shape {tuple(input.shape)}"
+        )
 
 
 def _check_activation(input: Tensor) -> None:
@@ -74,10 +93,6 @@ def _check_norm(input: Tensor, norm: Norm, training: bool, prefix: str = "") -> 
     if eps < 0:
         raise ValueError(f"{prefix}eps must not be negative, but got {eps}")
     channels = input.shape[1] if input.dim() > 1 else 0
-    if training and input.numel() == channels > 0:
-        raise ValueError(
-            f"input must have more than one value per channel in training, but got shape {tuple(input.shape)}"
-        )
     half = input.dtype in (torch.float16, torch.bfloat16)
     for name, tensor in (
         ("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)

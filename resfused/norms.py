@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import synchronised
 from .arguments import Norm, check_call
 from .dispatch import normalise_add_relu
 
@@ -47,14 +52,17 @@ def is_watched(module: nn.Module) -> bool:
     )
 
 
-def _is_transparent(norm: nn.Module) -> bool:
-    """Whether nobody can tell a call of ``norm`` from the same arithmetic elsewhere: no hooks, no synchronisation."""
-    return not is_watched(norm) and not isinstance(norm, nn.SyncBatchNorm)
+def _process_group(norm: _BatchNorm) -> Any:
+    """The processes that ``nn.SyncBatchNorm.forward`` takes statistics over; None where it takes its own alone."""
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available() and dist.is_initialized()):
+        return None
+    process_group = norm.process_group or dist.group.WORLD
+    return process_group if dist.get_world_size(process_group) > 1 else None
 
 
 def _fuses_with(norm: _BatchNorm, residual_norm: _BatchNorm) -> bool:
-    same_mode = _call(norm)[0] == _call(residual_norm)[0]
-    return same_mode and norm is not residual_norm and _is_transparent(norm) and _is_transparent(residual_norm)
+    same_mode = _call(norm)[0] == _call(residual_norm)[0] and _process_group(norm) is _process_group(residual_norm)
+    return same_mode and norm is not residual_norm and not is_watched(norm) and not is_watched(residual_norm)
 
 
 def tail(
@@ -63,8 +71,9 @@ def tail(
     """relu(norm(input) + s) with the bookkeeping of the modules: modes, running statistics, num_batches_tracked.
 
     s is nothing, ``residual``, or ``residual_norm(residual)``. Shapes, dtypes and errors are those of
-    ``resfused.functional``, with the modules' own rank check (ValueError). Modules with hooks, ``nn.SyncBatchNorm``,
-    and two norms in different modes are called as they are, unfused.
+    ``resfused.functional``, with the modules' own rank check (ValueError). ``nn.SyncBatchNorm`` takes its statistics
+    over its process group where its own forward would, on the CPU too. Modules with hooks, and of two norms in
+    different modes or over different processes the residual's, are called as they are, unfused.
     """
     return forked_tail(norm, input, residual, residual_norm, forked=False)[0]
 
@@ -79,30 +88,70 @@ def forked_tail(
     """``tail`` for two uses of its output: see ``FusedResidualBlock`` for what ``forked`` asks of them."""
     if residual is not None and residual_norm is not None and not _fuses_with(norm, residual_norm):
         residual, residual_norm = residual_norm(residual), None
-    if not _is_transparent(norm):
+    if is_watched(norm):
         y = norm(input)
         y = F.relu(y if residual is None else y + residual)
         return y, y
-    norm._check_input_dim(input)
+    return _fused(norm, input, residual, residual_norm, forked)
+
+
+def _fused(
+    norm: _BatchNorm,
+    input: Tensor,
+    residual: Tensor | None = None,
+    residual_norm: _BatchNorm | None = None,
+    forked: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``forked_tail`` of norms that fuse."""
+    _check_input(norm, input)
     training, own = _call(norm)
     residual_own = None
     if residual_norm is not None:
-        residual_norm._check_input_dim(residual)
+        _check_input(residual_norm, residual)
         _, residual_own = _call(residual_norm)
-    check_call(input, residual, own, residual_own, training)
+    process_group = _process_group(norm)
+    check_call(input, residual, own, residual_own, training, synchronised=process_group is not None)
+    # Before the node: a checkpoint's recomputation stops in it, and counts as PyTorch's does.
     for each in (norm, residual_norm):
         _count(each)
-    return normalise_add_relu(input, residual, own, residual_own, training, forked)
+    if process_group is None:
+        return normalise_add_relu(input, residual, own, residual_own, training, forked)
+    return synchronised.normalise_add_relu(input, residual, own, residual_own, process_group, forked)
+
+
+def _check_input(norm: _BatchNorm, input: Any) -> None:
+    norm._check_input_dim(input)
+    if isinstance(norm, nn.SyncBatchNorm):
+        norm._check_non_zero_input_channels(input)
+
+
+class _NoConversion:
+    """Refuses PyTorch's conversion, which would drop the ReLU, where it asks every norm for its ``qconfig``.
+
+    What the conversion has replaced before it came here stays replaced; this module is as it was.
+    """
+
+    def __get__(self, module: nn.Module | None, owner: type) -> Any:
+        if sys._getframe(1).f_code is nn.SyncBatchNorm.convert_sync_batchnorm.__code__:
+            raise RuntimeError(
+                f"torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the ReLU of {owner.__name__}: "
+                "use resfused.convert_sync_batchnorm"
+            )
+        raise AttributeError("qconfig")
 
 
 class _BatchNormReLU(_BatchNorm):
+    qconfig = _NoConversion()
+
     def forward(self, input: Tensor) -> Tensor:
-        return tail(self, input)
+        return _fused(self, input)[0]
 
 
 class _BatchNormAddReLU(_BatchNorm):
+    qconfig = _NoConversion()
+
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        return tail(self, input, residual)
+        return _fused(self, input, residual)[0]
 
 
 class BatchNormReLU1d(_BatchNormReLU, nn.BatchNorm1d):
@@ -130,3 +179,47 @@ class BatchNormAddReLU3d(_BatchNormAddReLU, nn.BatchNorm3d):
 
 
 FUSED_NORMS = (_BatchNormReLU, _BatchNormAddReLU)
+
+
+class SyncBatchNormReLU(_BatchNormReLU, nn.SyncBatchNorm):
+    """relu(SyncBatchNorm(input)), (N, C, ...); arguments and state_dict of ``torch.nn.SyncBatchNorm``.
+
+    Statistics are those of all processes of the group, the same in every one; batches may differ in size, or be empty.
+    It runs on the CPU too. Errors: ValueError for fewer than 2 dimensions, for no channels, and where every batch is
+    empty (found out after ``num_batches_tracked`` has counted the call); RuntimeError for a second derivative;
+    otherwise those of ``resfused.functional``.
+    """
+
+
+class SyncBatchNormAddReLU(_BatchNormAddReLU, nn.SyncBatchNorm):  # type: ignore[misc]
+    """relu(SyncBatchNorm(input) + residual), both (N, C, ...); otherwise as ``SyncBatchNormReLU``."""
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` that keeps the ReLU of this package's norms.
+
+    Every ``BatchNormReLU*`` becomes a ``SyncBatchNormReLU``, every ``BatchNormAddReLU*`` a ``SyncBatchNormAddReLU``,
+    every other BatchNorm a ``torch.nn.SyncBatchNorm``, with the same parameters and buffers. ``module`` itself is
+    changed and returned, unless it is a norm: then the new one is returned.
+
+    PyTorch's own conversion raises a RuntimeError when it comes to a norm with a ReLU; it leaves that module as it was,
+    and the norms that it has replaced before, replaced. Converting the model with this function afterwards is right.
+    """
+    if isinstance(module, _BatchNormReLU):
+        return _convert(module, SyncBatchNormReLU, process_group)
+    if isinstance(module, _BatchNormAddReLU):
+        return _convert(module, SyncBatchNormAddReLU, process_group)
+    if isinstance(module, _BatchNorm):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+    for name, child in module.named_children():
+        module.add_module(name, convert_sync_batchnorm(child, process_group))
+    return module
+
+
+def _convert(module: _BatchNorm, kind: type[nn.SyncBatchNorm], process_group: Any) -> nn.SyncBatchNorm:
+    converted = kind(
+        module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, process_group
+    )
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "training"):
+        setattr(converted, name, getattr(module, name))
+    return converted
