@@ -206,23 +206,50 @@ def modules_of_this_package():
     assert counted.calls == {"_allgather_base_": 2}
 
 
-def data_parallel_training():
-    """Three steps of a chain, converted by PyTorch's own function, against one process with the whole batch."""
-    expected = nn.Sequential(reference.ProjectionResidualBlock(3, 4), reference.ResidualBlock(4)).double()
-    ours = resfused.Sequential(resfused.ProjectionResidualBlock(3, 4), resfused.ResidualBlock(4)).double()
+def own_blocks():
+    return resfused.Sequential(resfused.ProjectionResidualBlock(3, 4), resfused.ResidualBlock(4))
+
+
+def plain_blocks():
+    return nn.Sequential(reference.ProjectionResidualBlock(3, 4), reference.ResidualBlock(4))
+
+
+def own_converted():
+    return nn.SyncBatchNorm.convert_sync_batchnorm(own_blocks())
+
+
+def converted_then_fused():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(plain_blocks())
+    assert len(resfused.fuse_(model).norms) == 5
+    return model
+
+
+def fused_then_converted():
+    model = plain_blocks()
+    assert len(resfused.fuse_(model).norms) == 5
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def data_parallel_training(synchronised):
+    """Three steps of a chain of two blocks against one process with the whole batch."""
+    expected = plain_blocks().double()
+    ours = synchronised().double()
     ours.load_state_dict(expected.state_dict())
     sizes = UNEVEN[dist.get_world_size()]
     mine = slice(sum(sizes[: dist.get_rank()]), sum(sizes[: dist.get_rank() + 1]))
     # PyTorch refuses its SyncBatchNorm on the CPU, where its own forward cannot run.
     with mock.patch.object(DistributedDataParallel, "_passing_sync_batchnorm_handle"):
-        parallel = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(ours))
+        parallel = DistributedDataParallel(ours)
     optimisers = [torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9) for model in (parallel, expected)]
     for _ in range(3):
         x = torch.randn(sum(sizes), 3, 6, 6, dtype=torch.float64)
         target = torch.randn(sum(sizes), 4, 3, 3, dtype=torch.float64)
         for optimiser in optimisers:
             optimiser.zero_grad()
-        y = parallel(x[mine])
+        with Collectives() as counted:
+            y = parallel(x[mine])
+        # A node with one norm or two: four nodes, of which one has two.
+        assert counted.calls["_allgather_base_"] == 4
         # The gradients of the processes are averaged.
         ((y - target[mine]).square().sum() * len(sizes) / sum(sizes)).backward()
         ((expected(x) - target).square().sum() / sum(sizes)).backward()
@@ -268,10 +295,11 @@ def cases(processes):
     for compiler in ("eager", "aot_eager"):
         yield f"compiled, {compiler}", lambda compiler=compiler: check(two, forked=True, compiler=compiler, steps=2)
     for function in (
-        all_processes_empty, second_derivative, beside_a_norm_that_is_not_synchronised, modules_of_this_package,
-        data_parallel_training,
+        all_processes_empty, second_derivative, beside_a_norm_that_is_not_synchronised, modules_of_this_package
     ):  # fmt: skip
         yield function.__name__, function
+    for synchronised in (own_converted, converted_then_fused, fused_then_converted):
+        yield f"training, {synchronised.__name__}", data_parallel_training, synchronised
 
 
 def main(rank, processes, store):
