@@ -62,11 +62,18 @@ def is_fresh(module: object) -> bool:
 class Matcher:
     """The sites of one graph, whose calls are of submodules of ``root``."""
 
-    def __init__(self, graph: fx.Graph, root: nn.Module, allowed: Callable[[nn.Module], bool]):
-        """``allowed``: whether a norm may be fused."""
+    def __init__(
+        self,
+        graph: fx.Graph,
+        root: nn.Module,
+        allowed: Callable[[nn.Module], bool],
+        gives_fresh: Callable[[nn.Module], bool] = is_fresh,
+    ):
+        """``allowed``: whether a norm may be fused; ``gives_fresh``: whether only the caller holds a module's output."""
         self.graph = graph
         self.root = root
         self.allowed = allowed
+        self.gives_fresh = gives_fresh
 
     def module(self, node: object) -> nn.Module | None:
         """What a call_module node calls."""
@@ -157,7 +164,8 @@ class Matcher:
         if addition.target not in _IN_PLACE or operands[0] is not None:
             return False
         target = addition.args[0]
-        return len(target.users) != 1 or not is_fresh(self.module(target))  # type: ignore[union-attr]
+        module = self.module(target)
+        return len(target.users) != 1 or module is None or not self.gives_fresh(module)  # type: ignore[union-attr]
 
     def _mutations(self, first: fx.Node, last: fx.Node, harmless: set[fx.Node]) -> bool:
         """Whether anything between the two may change a tensor in place."""

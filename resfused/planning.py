@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import fx, nn
@@ -11,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .blocks import ForkedBlock
 from .fused_forward import FusedForward, Kind, Plan, forked_call
-from .matching import Matcher, Site, calls_of, is_identity, is_norm, is_plain_call
+from .matching import Matcher, Site, calls_of, is_fresh, is_identity, is_norm, is_plain_call
 from .norms import FUSED_NORMS, is_watched
 from .pairs import call_for_pair, hand_on, open_ends, pair_call, readers
 from .report import Fused
@@ -134,13 +136,24 @@ class Planner:
         # A second time: this graph will be changed.
         traced = _trace(module, training)
         draft = Draft(traced.graph, {r[:2]: r for r in traced.reads}, {c.path: c for c in traced.containers})
-        matcher = Matcher(draft.graph, module, self.allowed)
+        matcher = Matcher(draft.graph, module, self.allowed, partial(self._gives_fresh, training=training))
         while (node := self._to_inline(matcher, training)) is not None:
             self._inline(draft, node, matcher.module(node), training)
         draft.sites = matcher.fuse()
         for path in (path for site in draft.sites for path in site.skipped):
             draft.left_out[path] = Kind(path, type(module.get_submodule(path)))
         return draft
+
+    def _gives_fresh(self, module: nn.Module, training: bool) -> bool:
+        """Whether its output is a product, or another tensor of its own: attention scales a branch so."""
+        if is_fresh(module) or is_watched(module):
+            return is_fresh(module)
+        try:
+            graph = self.trace(module, training).graph
+        except UntraceableError:
+            return False
+        result = next(iter(graph.find_nodes(op="output"))).args[0]
+        return isinstance(result, fx.Node) and result.target in (operator.mul, torch.mul) and len(result.users) == 1
 
     def _to_inline(self, matcher: Matcher, training: bool) -> fx.Node | None:
         """A call of a module whose code has the norm, the identity or the ReLU of a site."""
