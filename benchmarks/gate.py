@@ -50,10 +50,10 @@ def judge(p: Problem, layout: str) -> Verdict:
     ours, eager = p.copy().results(functional), p.copy().results(reference)
 
     def verdict(name: str) -> Verdict:
-        eager_error = _relative_error(eager[name], exact[name])
+        eager_error = relative_error(eager[name], exact[name])
         limit = max(FACTOR * eager_error, LEAST[x.dtype])
         dtype = str(x.dtype).removeprefix("torch.")
-        error = _relative_error(ours[name], exact[name])
+        error = relative_error(ours[name], exact[name])
         return Verdict(p.form, layout, dtype, tuple(x.shape), p.training, name, error, eager_error, limit)
 
     return max(map(verdict, exact), key=lambda v: v.error / v.limit)
@@ -71,7 +71,7 @@ def run_gate(device: torch.device, dtypes: list[torch.dtype], console: Console) 
     return verdicts
 
 
-def _relative_error(actual: Tensor, exact: Tensor) -> float:
+def relative_error(actual: Tensor, exact: Tensor) -> float:
     """Infinite for NaN: nothing wrong may compare as small."""
     error = float((actual.double() - exact).norm() / exact.norm())
     return error if error == error else float("inf")

@@ -22,6 +22,7 @@ if not sys.stdout.isatty():
     os.environ["COLUMNS"] = "170"
 
 import audit
+import fused_networks
 import host
 import timing
 import traffic
@@ -31,7 +32,7 @@ from problems import DTYPES, LAYOUTS
 from results import write
 from rich.console import Console
 
-COMMANDS = {"traffic": traffic, "audit": audit, "host": host}
+COMMANDS = {"traffic": traffic, "audit": audit, "host": host, "coverage": fused_networks}
 
 
 def main(arguments: list[str] | None = None) -> int:
