@@ -14,13 +14,15 @@ from networks import cifar_resnet
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+Shape = tuple[int, int, int, int]
+
 
 @dataclass(frozen=True)
 class Entry:
     """``shape``: of a small input, of which each channel of the last stage still has 8 values or more."""
 
     make: Callable[[], nn.Module]
-    shape: tuple[int, int, int, int] = (2, 3, 64, 64)
+    shape: Shape = (2, 3, 64, 64)
 
 
 def build(name: str) -> nn.Module:
@@ -75,10 +77,10 @@ def _small_torchvision(block: str, width: int) -> Entry:
     return Entry(make, (2, 3, 32, 32))
 
 
-def _timm(name: str) -> Entry:
+def _timm(name: str, **settings: Any) -> Entry:
     def make() -> nn.Module:
         torchvision()
-        return import_module("timm").create_model(name)
+        return import_module("timm").create_model(name, **settings)
 
     return Entry(make)
 
@@ -91,7 +93,7 @@ def _transformers(**settings: Any) -> Entry:
     return Entry(make)
 
 
-def _cifar(depth: int, shape: tuple[int, int, int, int] = (2, 3, 32, 32)) -> Entry:
+def _cifar(depth: int, shape: Shape = (2, 3, 32, 32)) -> Entry:
     return Entry(lambda: cifar_resnet(depth), shape)
 
 
@@ -114,6 +116,7 @@ NETWORKS: dict[str, Entry] = {
 SMALL: dict[str, Entry] = {
     "small/torchvision_basic": _small_torchvision("BasicBlock", 64),
     "small/torchvision_bottleneck": _small_torchvision("Bottleneck", 4),
+    "small/timm_attention": _timm("seresnet18", layers=(1, 2, 1, 1), channels=(8, 8, 8, 8), num_classes=10),
     "small/transformers_basic": _transformers(
         layer_type="basic", embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], num_labels=10
     ),

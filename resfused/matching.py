@@ -69,7 +69,7 @@ class Matcher:
         allowed: Callable[[nn.Module], bool],
         gives_fresh: Callable[[nn.Module], bool] = is_fresh,
     ):
-        """``allowed``: whether a norm may be fused; ``gives_fresh``: whether only the caller holds a module's output."""
+        """``allowed``: whether a norm may be fused; ``gives_fresh``: whether a module returns a tensor of its own."""
         self.graph = graph
         self.root = root
         self.allowed = allowed
