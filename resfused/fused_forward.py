@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import count
 from pkgutil import resolve_name
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.fx.node import _get_qualified_name
 from torch.nn.modules.module import _has_any_global_hook
@@ -123,7 +124,8 @@ class FusedForward:
         return plan.run(self.module, x, shortcut if plan.takes_pair else x, forked)
 
     def _plan(self) -> Plan | None:
-        if _has_any_global_hook():
+        # torch.jit.trace wants operators that a program without this package has.
+        if _has_any_global_hook() or torch.jit.is_tracing():
             return None
         for plan in self.plans:
             if plan.holds(self.module):
@@ -133,6 +135,11 @@ class FusedForward:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> CodeType:
+        """Where torch.export says that the forward is written."""
+        return type(self.module).forward.__code__
 
 
 def forked_call(module: nn.Module, x: Tensor, shortcut: Tensor, forked: bool) -> tuple[Tensor, Tensor]:
