@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 from .arguments import NO_NORM, Norm
@@ -22,7 +23,7 @@ def normalise_add_relu(
     With ``forked`` the two are tensors of their own where the kernels run (see ``FusedResidualBlock``), else one and
     the same. The arguments have passed ``check_call``.
     """
-    if _share_statistics(norm, residual_norm, training) or backend_for(input) == "torch":
+    if _share_statistics(norm, residual_norm, training) or _is_transformed() or backend_for(input) == "torch":
         y = _plain(input, residual, norm, residual_norm, training)
         return y, y
     norms = (*norm, residual_norm is not None, *(residual_norm or NO_NORM))
@@ -32,6 +33,11 @@ def normalise_add_relu(
         return y if forked else (y, y)
     y = (ops.forward_training if training else ops.forward_frozen)(input, residual, *norms, False)[0]
     return y, y
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func transforms the call, or it is differentiated forwards: PyTorch's operators know how."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _share_statistics(norm: Norm, residual_norm: Norm | None, training: bool) -> bool:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import count
 from pkgutil import resolve_name
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.fx.node import _get_qualified_name
 from torch.nn.modules.module import _has_any_global_hook
@@ -26,7 +27,7 @@ _numbers = count()
 
 
 class Kind(NamedTuple):
-    """The class that the submodule ``path`` must be of, and without hooks: its call was left out."""
+    """The class that the submodule ``path`` must be of, and without hooks."""
 
     path: str
     type: type[nn.Module]
@@ -46,10 +47,11 @@ class Plan:
     takes_pair: bool
     reads: tuple[Read, ...]
     containers: tuple[Container, ...]
-    left_out: tuple[Kind, ...]
+    kinds: tuple[Kind, ...]
+    """Of submodules whose call was left out, or that had to be of a known class."""
     norms: tuple[str, ...]
-    readers: tuple[str, ...]
-    """Submodules that are given the input: a hook there would see one half of a pair."""
+    readers: tuple[Kind, ...]
+    """Of submodules that are given the input: a hook there would see one half of a pair, a change in place both."""
     run: Callable[..., Any] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class Plan:
     def __reduce__(self) -> tuple[Any, ...]:
         state = (
             self.source, {name: _reference(value) for name, value in self.names.items()}, self.inputs, self.paired,
-            self.takes_pair, self.reads, self.containers, self.left_out, self.norms, self.readers,
+            self.takes_pair, self.reads, self.containers, self.kinds, self.norms, self.readers,
         )  # fmt: skip
         return _restored, state
 
@@ -75,11 +77,10 @@ class Plan:
             container = at(module, path)
             if container is None or tuple(container._modules) != names:
                 return False
-        for path, kind in self.left_out:
-            found = at(module, path)
-            if found is None or type(found) is not kind or is_watched(found):
-                return False
-        return all(is_norm(at(module, path)) for path in self.norms)
+        if not all(is_still(module, kind) for kind in self.kinds):
+            return False
+        norms = (at(module, path) for path in self.norms)
+        return all(norm is not None and is_norm(norm) and not is_watched(norm) for norm in norms)
 
 
 _MISSING = object()
@@ -94,6 +95,11 @@ def at(module: nn.Module, path: str) -> nn.Module | None:
                 return None
             found = found._modules.get(name)
     return found
+
+
+def is_still(module: nn.Module, kind: Kind) -> bool:
+    found = at(module, kind.path)
+    return found is not None and type(found) is kind.type and not is_watched(found)
 
 
 class FusedForward:
@@ -118,12 +124,13 @@ class FusedForward:
         plan = self._plan()
         if plan is None or not plan.paired or is_watched(self.module):
             return None
-        if any(found is None or is_watched(found) for found in (at(self.module, path) for path in plan.readers)):
+        if not all(is_still(self.module, reader) for reader in plan.readers):
             return None
         return plan.run(self.module, x, shortcut if plan.takes_pair else x, forked)
 
     def _plan(self) -> Plan | None:
-        if _has_any_global_hook():
+        # torch.jit.trace wants operators that a program without this package has.
+        if _has_any_global_hook() or torch.jit.is_tracing():
             return None
         for plan in self.plans:
             if plan.holds(self.module):
@@ -133,6 +140,11 @@ class FusedForward:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    @property
+    def __code__(self) -> CodeType:
+        """Where torch.export says that the forward is written."""
+        return type(self.module).forward.__code__
 
 
 def forked_call(module: nn.Module, x: Tensor, shortcut: Tensor, forked: bool) -> tuple[Tensor, Tensor]:

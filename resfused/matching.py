@@ -74,6 +74,8 @@ class Matcher:
         self.root = root
         self.allowed = allowed
         self.gives_fresh = gives_fresh
+        self.relied_on: set[str] = set()
+        """Modules that had to be of a known class: one that changes its input in place would not have done."""
 
     def module(self, node: object) -> nn.Module | None:
         """What a call_module node calls."""
@@ -163,9 +165,8 @@ class Matcher:
         """Whether it adds in place to something that others may hold."""
         if addition.target not in _IN_PLACE or operands[0] is not None:
             return False
-        target = addition.args[0]
-        module = self.module(target)
-        return len(target.users) != 1 or module is None or not self.gives_fresh(module)  # type: ignore[union-attr]
+        target: fx.Node = addition.args[0]  # type: ignore[assignment]
+        return len(target.users) != 1 or not self._relies_on(target, self.gives_fresh)
 
     def _mutations(self, first: fx.Node, last: fx.Node, harmless: set[fx.Node]) -> bool:
         """Whether anything between the two may change a tensor in place."""
@@ -180,10 +181,18 @@ class Matcher:
         if node.op in ("get_attr", "placeholder"):
             return False
         if node.op == "call_module":
-            return not (is_fresh(self.module(node)) or is_identity(self.module(node)))
+            return not self._relies_on(node, lambda module: is_fresh(module) or is_identity(module))
         name = str(getattr(node.target, "__name__", node.target))
         in_place = getattr(node.target, "__module__", "") == "_operator" and name.startswith("i")
         return name.endswith("_") or in_place or bool(node.kwargs.get("inplace"))
+
+    def _relies_on(self, node: fx.Node, known: Callable[[nn.Module], bool]) -> bool:
+        """Whether it calls a module that is known, and has no hooks."""
+        module = self.module(node)
+        if module is None or not known(module) or is_watched(module):
+            return False
+        self.relied_on.add(str(node.target))
+        return True
 
     def _rewrite(
         self,
@@ -197,8 +206,9 @@ class Matcher:
         operands = [o for o in (main, other) if o is not None]
         pattern = {*passed, *(n for o in operands for n in (o.norm, *o.passed))} | ({addition} if addition else set())
         for operand in operands:
-            alone = len(operand.norm.args[0].users) == 1 and operand.norm.args[0].op != "placeholder"  # type: ignore[union-attr]
-            if not alone and self._mutations(operand.norm, relu, pattern):
+            source: fx.Node = operand.norm.args[0]  # type: ignore[assignment]
+            alone = len(source.users) == 1 and source.op != "placeholder"
+            if self._mutations(operand.norm, relu, pattern) and not alone:
                 return None
         with self.graph.inserting_before(relu):
             kept = self._kept(addition, residual)

@@ -29,10 +29,10 @@ class Draft:
     graph: fx.Graph
     reads: dict[tuple[str, str], Read]
     containers: dict[str, Container]
-    left_out: dict[str, Kind] = field(default_factory=dict)
+    kinds: dict[str, Kind] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     inlined: list[str] = field(default_factory=list)
-    readers: tuple[str, ...] = ()
+    readers: tuple[Kind, ...] = ()
     takes_pair: bool = False
     gives_pair: bool = False
     hands_on: bool = False
@@ -43,7 +43,7 @@ class Draft:
         paired = self.takes_pair or self.gives_pair
         return Plan(
             code.src, code.globals, inputs[:1] if paired else inputs, paired, self.takes_pair,
-            tuple(self.reads.values()), tuple(self.containers.values()), tuple(self.left_out.values()),
+            tuple(self.reads.values()), tuple(self.containers.values()), tuple(self.kinds.values()),
             tuple(path for site in self.sites if not site.functional for path in site.norms), self.readers,
         )  # fmt: skip
 
@@ -140,8 +140,8 @@ class Planner:
         while (node := self._to_inline(matcher, training)) is not None:
             self._inline(draft, node, matcher.module(node), training)
         draft.sites = matcher.fuse()
-        for path in (path for site in draft.sites for path in site.skipped):
-            draft.left_out[path] = Kind(path, type(module.get_submodule(path)))
+        for path in (*(path for site in draft.sites for path in site.skipped), *sorted(matcher.relied_on)):
+            draft.kinds[path] = Kind(path, type(module.get_submodule(path)))
         return draft
 
     def _gives_fresh(self, module: nn.Module, training: bool) -> bool:
@@ -261,7 +261,7 @@ class Planner:
         for container in traced.containers:
             moved_path = _join(path, container.path)
             draft.containers[moved_path] = Container(moved_path, container.names)
-        draft.left_out[path] = Kind(path, type(module))
+        draft.kinds[path] = Kind(path, type(module))
         draft.inlined.append(path)
 
     def _pair(self, module: nn.Module, training: bool) -> None:
@@ -317,14 +317,14 @@ class Planner:
         child = _called(module, call)
         return isinstance(child, ForkedBlock) or self.drafts[child, training].takes_pair
 
-    def _input_use(self, module: nn.Module, draft: Draft, x: fx.Node, training: bool) -> tuple[bool, tuple[str, ...]]:
-        """Whether the input may come as a pair, and the submodules that must have no hooks for it."""
+    def _input_use(self, module: nn.Module, draft: Draft, x: fx.Node, training: bool) -> tuple[bool, tuple[Kind, ...]]:
+        """Whether the input may come as a pair, and the submodules that must stay as they are for it."""
         users = list(x.users)
         if len(users) == 1 and users[0].target is forked_call:
             return self._takes_pair(module, users[0], training), ()
         inner = {m: t.graph for (m, mode), t in self.traces.items() if mode == training and isinstance(t, Trace)}
         found = readers(draft.graph, module, x, inner) if len(users) > 1 else None
-        return found is not None, tuple(found or ())
+        return found is not None, tuple(Kind(path, type(module.get_submodule(path))) for path in found or ())
 
     def _note_forked(self, module: nn.Module, maker: fx.Node, training: bool) -> None:
         """Whose tail it is that makes the pair: of this module, or of the last that it calls."""
