@@ -6,6 +6,7 @@ import builtins
 import inspect
 import linecache
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import count
@@ -189,8 +190,10 @@ def _reference(value: Any) -> Any:
         return _Named(value.__name__)
     if callable(value):
         name = _Named(_get_qualified_name(value))
-        if _resolved(name) is value:
-            return name
+        # What has no such name, NoneType or a local function, is left to pickle.
+        with suppress(AttributeError, ImportError, ValueError):
+            if _resolved(name) is value:
+                return name
     return value
 
 
