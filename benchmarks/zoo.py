@@ -74,7 +74,7 @@ def _small_torchvision(block: str, width: int) -> Entry:
         network.fc = nn.Linear(network.fc.in_features // 4, 10)
         return network
 
-    return Entry(make, (2, 3, 32, 32))
+    return Entry(make, (4, 3, 16, 16))
 
 
 def _timm(name: str, **settings: Any) -> Entry:
