@@ -31,8 +31,7 @@ def fuse_(model: nn.Module, filter_fn: Filter | None = None) -> Report:
     report = Report(fused, left(planner, fused))
     unfuse_(model)
     for forward in forwards:
-        # Not a parameter, buffer or submodule: it lies in the instance's dictionary, over the class's method.
-        object.__setattr__(forward.module, "forward", forward)
+        forward.put_on()
     return report
 
 
@@ -43,8 +42,9 @@ def unfuse_(model: nn.Module) -> None:
     """
     _check(model, None)
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), FusedForward):
-            del module.__dict__["forward"]
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, FusedForward):
+            forward.take_off()
 
 
 def _check(model: object, filter_fn: object) -> None:

@@ -110,6 +110,15 @@ class FusedForward:
         self.module = module
         self.plans = plans
 
+    def put_on(self) -> None:
+        """Not as parameters, buffers or submodules: they lie in the instance's dictionary, over the class's methods."""
+        for name, function in (("forward", self), ("_replicate_for_data_parallel", self.replica)):
+            object.__setattr__(self.module, name, function)
+
+    def take_off(self) -> None:
+        for name in ("forward", "_replicate_for_data_parallel"):
+            object.__delattr__(self.module, name)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan = self._plan()
         if plan is not None and kwargs:
@@ -119,6 +128,12 @@ class FusedForward:
         if plan.paired:
             return plan.run(self.module, args[0], args[0], False)[0]
         return plan.run(self.module, *args)
+
+    def replica(self) -> nn.Module:
+        """What nn.DataParallel asks of a module: a shallow copy, which would have the forward of the original."""
+        replica = type(self.module)._replicate_for_data_parallel(self.module)
+        FusedForward(replica, self.plans).put_on()
+        return replica
 
     def forward_forked(self, x: Tensor, shortcut: Tensor, forked: bool) -> tuple[Tensor, Tensor] | None:
         """See ``ForkedBlock``; None where the module must be called as any other."""

@@ -18,14 +18,16 @@ from resfused.backend import kernels
 CPU = torch.device("cpu")
 
 
-def run(rank, processes, store, case):
+def run(rank, processes, store):
+    """Every case in turn; the first that fails raises, and all processes are ended."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=processes, timeout=timedelta(seconds=60)
     )
     try:
-        CASES[case]()
+        for case in CASES:
+            case()
     finally:
         dist.destroy_process_group()
 
@@ -111,10 +113,12 @@ def sharded(fuse_first):
         assert relative_error(fused(x), eager(x)) < 1e-9
 
 
-CASES = {
-    "ddp": ddp,
-    "ddp accumulates": ddp_accumulates,
-    "ddp compiled": ddp_compiled,
-    "fuse_, then fully_shard": lambda: sharded(True),
-    "fully_shard, then fuse_": lambda: sharded(False),
-}
+def fused_then_sharded():
+    sharded(fuse_first=True)
+
+
+def sharded_then_fused():
+    sharded(fuse_first=False)
+
+
+CASES = (ddp, ddp_accumulates, ddp_compiled, fused_then_sharded, sharded_then_fused)
