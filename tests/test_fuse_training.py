@@ -34,7 +34,7 @@ TESTS = Path(__file__).parent
 
 
 def assert_as_exact_as_eager(actual, expected, exact):
-    """The same dtypes; errors within twice eager's: of output, gradients and buffers, each taken together."""
+    """The same dtypes; errors within twice eager's own: the output's, the gradients' and the buffers' together."""
     assert actual.keys() == expected.keys() == exact.keys()
     for name, tensor in actual.items():
         assert tensor.dtype is expected[name].dtype, name
