@@ -233,9 +233,9 @@ class Trainer:
         return len(self.images.validation_batches(0, self.processes.size, self.args.batch_size))
 
     def _progress(self, console: Console) -> Progress:
-        text = f"epoch {self.epoch + 1}/{self.args.epochs}"
         return Progress(
-            TextColumn(text), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn(),
+            TextColumn(f"epoch {self.epoch + 1}/{self.args.epochs}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.description}"), TimeRemainingColumn(),
             console=console, transient=True, disable=not console.is_terminal or console.quiet,
         )  # fmt: skip
 
