@@ -48,7 +48,8 @@ def _run(args: argparse.Namespace, processes: Processes, interrupt: Interrupt) -
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = not args.deterministic
+    if processes.device.type == "cuda":
+        torch.backends.cudnn.benchmark = not args.deterministic
     newest = _checkpoint_to_resume(args, processes)
     images = load_images(args.data, args.image_size, args.workers, args.seed)
     torch.manual_seed(args.seed)
