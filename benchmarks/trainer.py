@@ -116,6 +116,8 @@ class Trainer:
         self.loss = torch.zeros((), dtype=torch.float64, device=processes.device)  # sum over this epoch's steps
         self.history: list[Epoch] = []
         self.throughput = Throughput(processes)
+        if processes.size > 1:
+            self._order_gradients()
 
     @property
     def steps(self) -> int:
@@ -140,6 +142,17 @@ class Trainer:
         if step < warm_up:
             return (step + 1) / (warm_up + 1)
         return (1 + math.cos(math.pi * (step - warm_up) / (self.args.epochs * self.steps_per_epoch - warm_up))) / 2
+
+    def _order_gradients(self) -> None:
+        """A backward before the first step, after which DistributedDataParallel orders its buckets anew, once.
+
+        Else it would after the first step of a resumed run, and three processes add up in another order until then.
+        """
+        image, label = self.images.training[0]
+        images, _ = self._moved(image.expand(self.args.batch_size, *image.shape), torch.tensor(label))
+        self.model.eval()  # changes no statistics, draws no random numbers
+        self._outputs(self.model, images).sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _train_epoch(self, console: Console) -> None:
         processes, batch_size = self.processes, self.args.batch_size

@@ -29,7 +29,8 @@ import resfused
 
 SCRIPT = str(Path(__file__).parent.parent / "benchmarks" / "train.py")
 ALONE = [sys.executable, SCRIPT]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TWO, THREE = ([*TORCHRUN, f"--nproc-per-node={size}", SCRIPT] for size in (2, 3))
 SMALL = ["--depth", "8", "--batch-size", "64"]
 PATIENCE = 120
 
@@ -47,13 +48,13 @@ def start(command, *options, **changes):
     )  # fmt: skip
 
 
-def start_two(*options):
+def start_many(size, *options):
     """What torchrun starts, without torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [start(ALONE, *options, RANK=str(rank), **common) for rank in range(2)]
+    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(ALONE, *options, RANK=str(rank), **common) for rank in range(size)]
 
 
 def ended(*processes):
@@ -72,7 +73,11 @@ def run(*options, **changes):
 
 
 def run_two(*options):
-    return ended(*start_two(*options))[0]
+    return ended(*start_many(2, *options))[0]
+
+
+def run_three(*options):
+    return ended(*start_many(3, *options))[0]
 
 
 @pytest.fixture
@@ -107,7 +112,7 @@ def same(one, other):
 
 @pytest.mark.parametrize(
     ("command", "processes", "precision"),
-    [(ALONE, 1, []), (TORCHRUN, 2, ["--amp", "bfloat16", "--channels-last"])],
+    [(ALONE, 1, []), (TWO, 2, ["--amp", "bfloat16", "--channels-last"])],
     ids=["alone", "torchrun, bfloat16"],
 )
 def test_it_trains(command, processes, precision, tmp_path):
@@ -160,11 +165,14 @@ def interrupt(processes, to, number, folder):
 
 @pytest.mark.parametrize(
     ("command", "number", "repeat"),
-    [(ALONE, signal.SIGINT, run), (TORCHRUN, signal.SIGTERM, run_two)],
+    [(ALONE, signal.SIGINT, run), (THREE, signal.SIGTERM, run_three)],
     ids=["alone, SIGINT", "torchrun, SIGTERM"],
 )
 def test_interrupted_and_resumed(command, number, repeat, tmp_path):
-    """A run far too long to end by itself, compared some steps after the signal found it, in the next epoch."""
+    """A run far too long to end by itself, compared some steps after the signal found it, in a later epoch.
+
+    Two processes add up the same in any order, three do not.
+    """
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ["--depth", 8, "--batch-size", 128, "--no-fuse", "--epochs", 10000]
     process = start(command, *options, "--checkpoint", parts, "--checkpoint-every", 1)
@@ -179,7 +187,7 @@ def test_interrupted_and_resumed(command, number, repeat, tmp_path):
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, refused):
     options = [*SMALL, "--no-fuse", "--checkpoint", tmp_path]
-    processes = start_two(*options, "--checkpoint-every", 1, "--epochs", 10000)
+    processes = start_many(2, *options, "--checkpoint-every", 1, "--epochs", 10000)
     codes, step = interrupt(processes, processes[1], signal.SIGTERM, tmp_path)
     assert codes == [INTERRUPTED, INTERRUPTED]
     assert len(checkpoints.load(checkpoints.path_of(tmp_path, step))["ranks"]) == 2
