@@ -146,8 +146,8 @@ class Planner:
 
     def _gives_fresh(self, module: nn.Module, training: bool) -> bool:
         """Whether its output is a product, or another tensor of its own: attention scales a branch so."""
-        if is_fresh(module) or is_watched(module):
-            return is_fresh(module)
+        if is_fresh(module):
+            return True
         try:
             graph = self.trace(module, training).graph
         except UntraceableError:

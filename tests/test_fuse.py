@@ -338,6 +338,40 @@ LEFT = {
 }
 
 
+class Scale(nn.Module):
+    """As attention: what it returns is a tensor of its own."""
+
+    def forward(self, x):
+        return x * 0.5
+
+
+class View(nn.Module):
+    def forward(self, x):
+        return x.view_as(x)
+
+
+def added_to_a_gate(self, x):
+    out = self.conv2(x)
+    gated = self.gate(out)
+    gated += self.a(x)
+    return self.relu(gated), out
+
+
+@pytest.mark.parametrize(("gate", "expected"), [(Scale, [ADD]), (View, [])])
+def test_addition_in_place_to_what_a_module_returns(gate, expected, device):
+    model = Parts(added_to_a_gate)
+    model.gate = gate()
+    assert forms(fused_like_plain(model, device)) == expected
+
+
+def test_addition_in_place_to_what_a_watched_module_returns(device):
+    """The hook may hold what the addition changes."""
+    model = Parts(added_to_a_gate)
+    model.gate = Scale()
+    model.gate.register_forward_hook(lambda module, args, output: None)
+    assert not forms(fused_like_plain(model, device))
+
+
 @pytest.mark.parametrize("name", LEFT)
 def test_left_alone_with_the_reason(name, device):
     code, reason = LEFT[name]
