@@ -12,9 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import functional
 from .norms import forked_tail
 
-KEPT = (None, "input", "residual")
-"""Whose dtype the sum has: the promoted one, or that of the addend which an addition in place changes."""
-
 
 def tail_pair(
     norm: _BatchNorm,
@@ -24,7 +21,11 @@ def tail_pair(
     kept: str | None,
     forked: bool,
 ) -> tuple[Tensor, Tensor]:
-    """relu(norm(input) + s) twice, see ``forked_tail``; plain PyTorch where the addition broadcasts."""
+    """relu(norm(input) + s) twice, see ``forked_tail``; plain PyTorch where the addition broadcasts.
+
+    ``kept``: ``"input"`` or ``"residual"`` where the sum has the dtype of that addend, which an addition in place
+    changes; None where it has the promoted one.
+    """
     if residual is None:
         return forked_tail(norm, input, forked=forked)
     dtype = _dtype(input, residual, kept)
@@ -38,7 +39,7 @@ def tail_pair(
 def functional_tail(
     own: tuple[Any, ...], residual: Tensor | None, other: tuple[Any, ...] | None, kept: str | None
 ) -> Tensor:
-    """relu(F.batch_norm(*own) + s), s being nothing, ``residual`` or F.batch_norm(*other)."""
+    """relu(F.batch_norm(*own) + s), s being nothing, ``residual`` or F.batch_norm(*other); ``kept`` as above."""
     input, mean, var, weight, bias, training, momentum, eps = own
     if other is not None and (other[0].shape != input.shape or other[5] != training):
         residual, other = F.batch_norm(*other), None

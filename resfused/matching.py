@@ -154,7 +154,7 @@ class Matcher:
         norm = self.root.get_submodule(self._norm_path(call))
         if isinstance(norm, _BatchNorm) and not self.allowed(norm):
             return None
-        if call.op == "call_module" and (is_watched(norm) or len(list(calls_of(self.graph, str(call.target)))) != 1):
+        if call.op == "call_module" and (is_watched(norm) or not is_called_once(self.graph, str(call.target))):
             return None
         return Operand(call, passed)
 
@@ -234,7 +234,7 @@ class Matcher:
         return ""
 
     def _kept(self, addition: fx.Node | None, residual: fx.Node | None) -> str | None:
-        """Whose dtype the sum has, see ``calls.KEPT``."""
+        """Whose dtype the sum has, see ``calls.tail_pair``."""
         if addition is None or addition.target not in _IN_PLACE:
             return None
         return "residual" if addition.args[0] is residual else "input"
@@ -267,3 +267,13 @@ def _batch_norm_arguments(node: fx.Node) -> dict[str, Any]:
 
 def calls_of(graph: fx.Graph, path: str) -> Iterator[fx.Node]:
     return (node for node in graph.nodes if node.op == "call_module" and node.target == path)
+
+
+def is_called_once(graph: fx.Graph, path: str) -> bool:
+    return len(list(calls_of(graph, path))) == 1
+
+
+def result_of(graph: fx.Graph) -> object:
+    """What the graph returns."""
+    (output,) = graph.find_nodes(op="output")
+    return output.args[0]

@@ -18,7 +18,6 @@ from .dispatch import normalise_add_relu
 def _call(norm: _BatchNorm) -> tuple[bool, Norm]:
     """What ``nn.BatchNorm.forward`` passes to ``F.batch_norm``: whether to take the batch's statistics, the rest."""
     mean, var = norm.running_mean, norm.running_var
-    batch_statistics = norm.training or (mean is None and var is None)
     if norm.training and not norm.track_running_stats:
         mean = var = None
     momentum = norm.momentum
@@ -26,7 +25,11 @@ def _call(norm: _BatchNorm) -> tuple[bool, Norm]:
         # The cumulative average, of this batch too. It is counted once the arguments have been checked.
         counter = _counter(norm)
         momentum = 0.0 if counter is None else 1.0 / (float(counter) + 1.0)
-    return batch_statistics, Norm(norm.weight, norm.bias, mean, var, momentum, norm.eps)
+    return _takes_batch_statistics(norm), Norm(norm.weight, norm.bias, mean, var, momentum, norm.eps)
+
+
+def _takes_batch_statistics(norm: _BatchNorm) -> bool:
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
 def _counter(norm: _BatchNorm) -> Tensor | None:
@@ -61,8 +64,11 @@ def _process_group(norm: _BatchNorm) -> Any:
 
 
 def _fuses_with(norm: _BatchNorm, residual_norm: _BatchNorm) -> bool:
-    same_mode = _call(norm)[0] == _call(residual_norm)[0] and _process_group(norm) is _process_group(residual_norm)
-    return same_mode and norm is not residual_norm and not is_watched(norm) and not is_watched(residual_norm)
+    # Not through _call, which with momentum=None waits for the device.
+    same_mode = _takes_batch_statistics(norm) == _takes_batch_statistics(residual_norm)
+    same_processes = _process_group(norm) is _process_group(residual_norm)
+    distinct = norm is not residual_norm and not is_watched(norm) and not is_watched(residual_norm)
+    return same_mode and same_processes and distinct
 
 
 def tail(

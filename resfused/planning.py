@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .blocks import ForkedBlock
 from .fused_forward import FusedForward, Kind, Plan, forked_call
-from .matching import Matcher, Site, calls_of, is_fresh, is_identity, is_norm, is_plain_call
+from .matching import Matcher, Site, is_called_once, is_fresh, is_identity, is_norm, is_plain_call, result_of
 from .norms import FUSED_NORMS, is_watched
 from .pairs import call_for_pair, hand_on, open_ends, pair_call, readers
 from .report import Fused
@@ -87,13 +88,8 @@ class Planner:
         for (module, training), draft in self.drafts.items():
             for site in draft.sites:
                 norms = tuple(module.get_submodule(path) for path in site.norms)
-                entry = Fused(
-                    self.names[module],
-                    site.form,
-                    tuple(self.names[n] for n in norms),
-                    norms[0] in self.forked,
-                    training,
-                )
+                names = tuple(self.names[norm] for norm in norms)
+                entry = Fused(self.names[module], site.form, names, norms[0] in self.forked, training)
                 found.setdefault(norms[0], entry)
         return tuple(found.values())
 
@@ -114,7 +110,7 @@ class Planner:
         """Whether its own code may contain a site, or hand on a pair."""
         if is_norm(module) or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             return False
-        return any(_is_batch_norm(m) for m in module.modules())
+        return any(isinstance(m, _BatchNorm) for m in module.modules())
 
     def trace(self, module: nn.Module, training: bool) -> Trace:
         key = module, training
@@ -128,17 +124,23 @@ class Planner:
             raise found
         return found
 
-    def _draft(self, module: nn.Module, training: bool) -> Draft | None:
+    def _graph(self, module: nn.Module, training: bool) -> fx.Graph | None:
+        """None where it cannot be traced."""
         try:
-            self.trace(module, training)
+            return self.trace(module, training).graph
         except UntraceableError:
             return None
-        # A second time: this graph will be changed.
-        traced = _trace(module, training)
-        draft = Draft(traced.graph, {r[:2]: r for r in traced.reads}, {c.path: c for c in traced.containers})
+
+    def _draft(self, module: nn.Module, training: bool) -> Draft | None:
+        try:
+            traced = self.trace(module, training)
+        except UntraceableError:
+            return None
+        graph = copy.deepcopy(traced.graph)
+        draft = Draft(graph, {r[:2]: r for r in traced.reads}, {c.path: c for c in traced.containers})
         matcher = Matcher(draft.graph, module, self.allowed, partial(self._gives_fresh, training=training))
         while (node := self._to_inline(matcher, training)) is not None:
-            self._inline(draft, node, matcher.module(node), training)
+            self._inline(draft, node, module.get_submodule(str(node.target)), training)
         draft.sites = matcher.fuse()
         for path in (*(path for site in draft.sites for path in site.skipped), *sorted(matcher.relied_on)):
             draft.kinds[path] = Kind(path, type(module.get_submodule(path)))
@@ -148,11 +150,8 @@ class Planner:
         """Whether its output is a product, or another tensor of its own: attention scales a branch so."""
         if is_fresh(module):
             return True
-        try:
-            graph = self.trace(module, training).graph
-        except UntraceableError:
-            return False
-        result = next(iter(graph.find_nodes(op="output"))).args[0]
+        graph = self._graph(module, training)
+        result = None if graph is None else result_of(graph)
         return isinstance(result, fx.Node) and result.target in (operator.mul, torch.mul) and len(result.users) == 1
 
     def _to_inline(self, matcher: Matcher, training: bool) -> fx.Node | None:
@@ -172,33 +171,31 @@ class Planner:
         return None
 
     def _can_inline(self, matcher: Matcher, node: fx.Node, module: nn.Module) -> bool:
-        if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node) or is_watched(module):
+        if not is_plain_call(node) or is_watched(module) or _is_leaf(module):
             return False
-        return not _is_leaf(module) and len(list(calls_of(matcher.graph, str(node.target)))) == 1
+        return is_called_once(matcher.graph, str(node.target))
 
     def _computes_only(self, module: nn.Module, what: str, training: bool) -> bool:
         """Whether it is a ReLU, or nothing, written as a module of its own."""
-        try:
-            traced = self.trace(module, training)
-        except UntraceableError:
+        graph = self._graph(module, training)
+        if graph is None or len(graph.find_nodes(op="placeholder")) != 1:
             return False
-        matcher = Matcher(traced.graph, module, self.allowed)
-        *body, output = (n for n in traced.graph.nodes if n.op not in ("placeholder", "get_attr"))
+        matcher = Matcher(graph, module, self.allowed)
+        body = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
         relus = [n for n in body if matcher.is_relu(n)]
-        if len(body) != len(relus) or len(traced.graph.find_nodes(op="placeholder")) != 1:
+        if len(body) != len(relus):
             return False
-        result = output.args[0]
+        result = result_of(graph)
         if what == "identity":
             return not relus and isinstance(result, fx.Node) and result.op == "placeholder"
         return len(relus) == 1 and result is relus[0]
 
     def _ends_in_norm(self, module: nn.Module, training: bool) -> bool:
-        try:
-            traced = self.trace(module, training)
-        except UntraceableError:
+        graph = self._graph(module, training)
+        if graph is None:
             return False
-        matcher = Matcher(traced.graph, module, self.allowed)
-        node, _ = matcher.peel(next(iter(traced.graph.find_nodes(op="output"))).args[0])
+        matcher = Matcher(graph, module, self.allowed)
+        node, _ = matcher.peel(result_of(graph))
         return self._is_norm_or_ends_so(matcher, node, training)
 
     def _is_norm_or_ends_so(self, matcher: Matcher, node: object, training: bool) -> bool:
@@ -223,7 +220,7 @@ class Planner:
             module = matcher.module(user)
             if matcher.is_relu(user):
                 return True
-            if module is not None and is_plain_call(user) and self._can_inline(matcher, user, module):
+            if module is not None and self._can_inline(matcher, user, module):
                 if self._computes_only(module, "relu", training):
                     return True
                 if not self._computes_only(module, "identity", training):
@@ -235,10 +232,8 @@ class Planner:
             node = user
         return False
 
-    def _inline(self, draft: Draft, node: fx.Node, module: nn.Module | None, training: bool) -> None:
+    def _inline(self, draft: Draft, node: fx.Node, module: nn.Module, training: bool) -> None:
         """The graph of the module that ``node`` calls in its place."""
-        if module is None:
-            return
         path = str(node.target)
         traced = self.trace(module, training)
         values: dict[fx.Node, fx.Node] = {}
@@ -277,7 +272,7 @@ class Planner:
         calls = graph.find_nodes(op="call_function", target=forked_call)
         for call in calls:
             maker = self._maker(module, call.args[1], training)
-            if maker is not None and len(call.args[1].users) == 1 and self._takes_pair(module, call, training):
+            if maker is not None and len(call.args[1].users) == 1 and self._takes_pair(_called(module, call), training):
                 hand_on(graph, maker, call)
                 self._note_forked(module, maker, training)
                 draft.hands_on = True
@@ -291,17 +286,12 @@ class Planner:
     def _pair_calls(self, module: nn.Module, graph: fx.Graph, output: fx.Node, training: bool) -> list[fx.Node]:
         """The calls of modules that take a pair, of those that can give them one, and of one that gives the output."""
 
-        def handles(node: object, takes: bool) -> bool:
-            if not isinstance(node, fx.Node) or node.op != "call_module" or not is_plain_call(node):
-                return False
-            child = module.get_submodule(str(node.target))
-            draft = self.drafts.get((child, training))
-            return isinstance(child, ForkedBlock) or (
-                draft is not None and (draft.takes_pair if takes else draft.gives_pair)
-            )
+        def child(node: object) -> nn.Module | None:
+            plain = isinstance(node, fx.Node) and node.op == "call_module" and is_plain_call(node)
+            return module.get_submodule(str(node.target)) if plain else None  # type: ignore[attr-defined]
 
-        takers = [node for node in graph.nodes if handles(node, takes=True)]
-        givers = [node.args[0] for node in (*takers, output) if handles(node.args[0], takes=False)]
+        takers = [node for node in graph.nodes if self._takes_pair(child(node), training)]
+        givers = [node.args[0] for node in (*takers, output) if self._gives_pair(child(node.args[0]), training)]
         return list(dict.fromkeys([*takers, *givers]))
 
     def _maker(self, module: nn.Module, value: object, training: bool) -> fx.Node | None:
@@ -309,19 +299,21 @@ class Planner:
         call = pair_call(value)
         if call is None or call.target is not forked_call:
             return call
-        child = _called(module, call)
-        gives = isinstance(child, ForkedBlock) or self.drafts[child, training].gives_pair
-        return call if gives else None
+        return call if self._gives_pair(_called(module, call), training) else None
 
-    def _takes_pair(self, module: nn.Module, call: fx.Node, training: bool) -> bool:
-        child = _called(module, call)
-        return isinstance(child, ForkedBlock) or self.drafts[child, training].takes_pair
+    def _takes_pair(self, module: nn.Module | None, training: bool) -> bool:
+        draft = self.drafts.get((module, training)) if module is not None else None
+        return isinstance(module, ForkedBlock) or (draft is not None and draft.takes_pair)
+
+    def _gives_pair(self, module: nn.Module | None, training: bool) -> bool:
+        draft = self.drafts.get((module, training)) if module is not None else None
+        return isinstance(module, ForkedBlock) or (draft is not None and draft.gives_pair)
 
     def _input_use(self, module: nn.Module, draft: Draft, x: fx.Node, training: bool) -> tuple[bool, tuple[Kind, ...]]:
         """Whether the input may come as a pair, and the submodules that must stay as they are for it."""
         users = list(x.users)
         if len(users) == 1 and users[0].target is forked_call:
-            return self._takes_pair(module, users[0], training), ()
+            return self._takes_pair(_called(module, users[0]), training), ()
         inner = {m: t.graph for (m, mode), t in self.traces.items() if mode == training and isinstance(t, Trace)}
         found = readers(draft.graph, module, x, inner) if len(users) > 1 else None
         return found is not None, tuple(Kind(path, type(module.get_submodule(path))) for path in found or ())
@@ -333,18 +325,13 @@ class Planner:
             draft = self.drafts.get((module, training))
             if draft is None:
                 return
-            (output,) = draft.graph.find_nodes(op="output")
-            maker = pair_call(output.args[0][0])  # type: ignore[assignment]
+            maker = pair_call(result_of(draft.graph)[0])  # type: ignore[index,assignment]
         self.forked.add(_called(module, maker))
 
 
 def _called(root: nn.Module, call: fx.Node) -> nn.Module:
     """The module that is the first argument of the call of a function."""
     return root.get_submodule(str(call.args[0].target))  # type: ignore[union-attr]
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm)
 
 
 def _is_leaf(module: nn.Module) -> bool:

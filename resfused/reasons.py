@@ -82,14 +82,12 @@ def _follow(planner: Planner, matcher: Matcher, node: fx.Node) -> str:
 
 def _followed(planner: Planner, matcher: Matcher, user: fx.Node, what: str) -> str:
     module = matcher.module(user)
-    if module is None:
-        if matcher.is_relu(user):
-            return f"{what} may be changed in place before the ReLU, or the addition changes what others hold"
-        return f"{what} goes to {getattr(user.target, '__name__', user.target)}, not to a ReLU"
-    if isinstance(module, nn.ReLU):
-        if is_watched(module):
-            return f"a hook is on the ReLU that follows, {planner.names[module]}"
+    if isinstance(module, nn.ReLU) and is_watched(module):
+        return f"a hook is on the ReLU that follows, {planner.names[module]}"
+    if isinstance(module, nn.ReLU) or (module is None and matcher.is_relu(user)):
         return f"{what} may be changed in place before the ReLU, or the addition changes what others hold"
+    if module is None:
+        return f"{what} goes to {getattr(user.target, '__name__', user.target)}, not to a ReLU"
     return f"{what} goes to {planner.names[module]}, a {type(module).__name__}, not to a ReLU"
 
 
