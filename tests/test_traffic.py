@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import nn
 
-from resfused import functional, reference
+from resfused import Fused, functional, reference
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 nodes = importlib.import_module("nodes")
@@ -135,6 +135,15 @@ def test_passes_of_our_launches(
     assert node.activation(traffic.EVAL) == (2 if form == nodes.NORM_RELU else 3)
     most = 3 if way == traffic.SEPARATE else 1
     assert [len(launches) for launches in node.launches.values()] == [most, most, most, 1]
+
+
+@pytest.mark.parametrize("form", nodes.FORMS)
+@pytest.mark.parametrize("forked", [False, True])
+def test_fuse_reports_the_passes_that_are_counted(form: str, forked: bool) -> None:
+    node = traffic.node_traffic(form, traffic.SEPARATE, "channels_last", HALF, (2, 24, 8, 12))
+    phases = traffic.FORWARD, traffic.FORKED if forked else traffic.BACKWARD
+    saved = sum(node.eager[phase] - node.activation(phase) for phase in phases)
+    assert Fused("", form, (), forked, in_training=True).passes_saved == saved
 
 
 @pytest.mark.parametrize("layout", traffic.LAYOUTS)
