@@ -10,7 +10,7 @@ from typing import Any
 
 from environment import environment
 from gate import Verdict
-from timing import Timing
+from node_timing import Timing
 
 
 def write(

@@ -24,6 +24,7 @@ if not sys.stdout.isatty():
 import audit
 import fused_networks
 import host
+import node_timing
 import timing
 import traffic
 from gate import run_gate
@@ -77,11 +78,11 @@ def _standard(args: argparse.Namespace) -> int:
         return max(short)
     nodes = [n for n in NETWORKS[args.network]().nodes if args.form in (None, n.form)]
     copy = timing.copy_bandwidth(device)
-    timings = timing.time_nodes(
+    timings = node_timing.time_nodes(
         nodes, args.batch or [256, 32], DTYPES[args.dtype], args.layout, device,
-        timing.libraries(args.compile), args.repetitions, console,
+        node_timing.libraries(args.compile), args.repetitions, console,
     )  # fmt: skip
-    console.print(timing.table(timings, copy))
+    console.print(node_timing.table(timings, copy))
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     for path in write(args.output, settings, verdicts, timings, copy):
         console.print(f"wrote {path}")

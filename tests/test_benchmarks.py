@@ -48,6 +48,7 @@ def test_a_wrong_kernel_fails_the_gate(device, monkeypatch):
 
 def test_timing_and_result_files(device, tmp_path):
     import gate
+    import node_timing
     import results
     import timing
     from nodes import FORMS, Node
@@ -55,16 +56,23 @@ def test_timing_and_result_files(device, tmp_path):
     from rich.console import Console
 
     nodes = [Node(form, 8, 3, 3, 1) for form in FORMS]
-    timings = timing.time_nodes(
-        nodes, [2], torch.float32, "channels_last", device, timing.libraries(compiled=False), 3, Console(quiet=True)
+    timings = node_timing.time_nodes(
+        nodes,
+        [2],
+        torch.float32,
+        "channels_last",
+        device,
+        node_timing.libraries(compiled=False),
+        3,
+        Console(quiet=True),
     )
-    assert len(timings) == len(FORMS) * len(timing.PHASES)
+    assert len(timings) == len(FORMS) * len(node_timing.PHASES)
     assert all(len(s) == 3 and min(s) > 0 for t in timings for s in t.samples.values())
     forward = next(t for t in timings if t.node.form == "norm+add+relu" and t.phase == "forward")
     # x twice, s, y in float32, and a bit an element.
     assert forward.least_bytes == 2 * 72 * (4 * 4 + 1 / 8)
     copy = timing.copy_bandwidth(device, repetitions=3)
-    Console(quiet=True).print(timing.table(timings, copy))
+    Console(quiet=True).print(node_timing.table(timings, copy))
     verdict = gate.judge(problem(FORMS[0], (2, 8, 3, 3), torch.float32, "contiguous", device), "contiguous")
     json_path, csv_path = results.write(tmp_path, {"batch": [2]}, [verdict], timings, copy)
     content = json.loads(json_path.read_text())
