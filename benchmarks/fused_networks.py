@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from zoo import NETWORKS, SMALL, build, entry
+from zoo import NETWORKS, SMALL, build, entry, logits_of
 
 import resfused
 
@@ -76,20 +76,15 @@ def results(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Output, gradients and buffers of a training step, and the output of the evaluation after it, by kind and name."""
     leaf = x.clone().requires_grad_()
     leaves = {"input": leaf, **dict(network.named_parameters())}
-    y = _logits(network.train()(leaf))
+    y = logits_of(network.train()(leaf))
     dy = torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
     gradients = torch.autograd.grad(y, list(leaves.values()), dy)
     found = {"output in training": y.detach()}
     found |= {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
     found |= {f"buffer {name}": buffer.to(torch.float64, copy=True) for name, buffer in network.named_buffers()}
     with torch.no_grad():
-        found["output in evaluation"] = _logits(network.eval()(x))
+        found["output in evaluation"] = logits_of(network.eval()(x))
     return found
-
-
-def _logits(output: Tensor | object) -> Tensor:
-    """Transformers' networks return an object that has them."""
-    return output if isinstance(output, Tensor) else output.logits  # type: ignore[attr-defined]
 
 
 def _without_names(reason: str) -> str:

@@ -1,154 +1,223 @@
-"""Times of single nodes: ours, eager PyTorch and torch.compile, forward, backward and both.
+"""Times of single nodes: ours against what a user would otherwise pick, forward, backward and both.
 
-Medians are reported. GB/s is of the least bytes that two-phase kernels must move, whatever was moved.
+Medians are reported. GB/s is of the least bytes that two-phase kernels must move, whatever was moved. Nothing is timed
+before its results on the same tensors were compared with float64. A second run of ours shows the noise.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from statistics import median, quantiles
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
-from nodes import NORM_ADD_NORM_RELU, NORM_ADD_RELU, NORM_RELU, Node
-from problems import Problem, problem
-from rich.console import Console
+from gate import judge
+from measuring import Measuring
+from nodes import FORMS, NETWORKS, Node
+from passes import BACKWARD, FORWARD, PHASES, two_phases
+from problems import DTYPES, LAYOUTS, Problem, problem
+from results import NodeTime, Run
 from rich.progress import Progress
 from rich.table import Table
-from timing import interleaved, rotation
+from timing import captured, first_line, interleaved, rotation
+from variants import AGAIN, COMPILED, EAGER, OURS, STANDARD, VARIANTS, Variant
 
-from resfused import functional, reference
-
-PHASES = ("forward", "backward", "both")
-OURS, EAGER, COMPILED = "resfused", "eager", "torch.compile"
-# Passes over an activation: x twice, s, y / dy and x twice, dx, ds; the mask is a bit an element.
-LEAST_PASSES = {NORM_RELU: (3, 5), NORM_ADD_RELU: (4, 6), NORM_ADD_NORM_RELU: (5, 8)}
-MASKED = (NORM_ADD_RELU,)
+SMALL = [Node(form, 16, 4, 4, 1) for form in FORMS]
+SMALL_BATCHES = (8,)
+BATCHES = (256, 32)
 
 
 @dataclass(frozen=True)
-class Timing:
-    """One phase of one node: milliseconds of every repetition, by variant."""
+class Comparison:
+    """What is timed against what. ``cuda_graph``: every call is the replay of a CUDA graph."""
 
-    node: Node
-    batch: int
-    dtype: str
+    nodes: list[Node]
+    batches: list[int]
+    dtype: torch.dtype
     layout: str
-    phase: str
-    samples: dict[str, list[float]] = field(hash=False)
+    repetitions: int
+    variants: tuple[str, ...] = STANDARD
+    cuda_graph: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def milliseconds(self, variant: str) -> float:
-        return median(self.samples[variant])
-
-    def quantile(self, variant: str, percent: int) -> float:
-        return quantiles(self.samples[variant], n=100, method="inclusive")[percent - 1]
-
-    @property
-    def least_bytes(self) -> float:
-        forward, backward = LEAST_PASSES[self.node.form]
-        passes = {"forward": forward, "backward": backward, "both": forward + backward}[self.phase]
-        size = self.batch * self.node.elements
-        # The mask is written once and read once.
-        masks = 0 if self.node.form not in MASKED else 2 if self.phase == "both" else 1
-        return size * (passes * getattr(torch, self.dtype).itemsize + masks / 8)
-
-    def bandwidth(self, variant: str) -> float:
-        """GB/s"""
-        return self.least_bytes / self.milliseconds(variant) / 1e6
+    def __str__(self) -> str:
+        graphs = ", in CUDA graphs" if self.cuda_graph else ""
+        return f"{_name(self.dtype)} {self.layout}{graphs}"
 
 
-def compiled_library() -> object:
-    """The composites, each compiled as it stands."""
-    torch._functorch.config.donated_buffer = False  # a backward is timed many times over one graph
-
-    class Compiled:
-        batch_norm_relu = staticmethod(torch.compile(reference.batch_norm_relu, dynamic=False))
-        batch_norm_add_relu = staticmethod(torch.compile(reference.batch_norm_add_relu, dynamic=False))
-        batch_norm_add_batch_norm_relu = staticmethod(
-            torch.compile(reference.batch_norm_add_batch_norm_relu, dynamic=False)
-        )
-
-    return Compiled
+def unique(nodes: list[Node]) -> list[Node]:
+    """One of each form and shape: whether the output is forked makes no difference to a node on its own."""
+    return list({(n.form, n.channels, n.height, n.width): n for n in nodes}.values())
 
 
-def libraries(compiled: bool) -> dict[str, object]:
-    """The variants by name."""
-    found: dict[str, object] = {OURS: functional, EAGER: reference}
-    return {**found, COMPILED: compiled_library()} if compiled else found
+def time_nodes(c: Comparison, m: Measuring) -> None:
+    """Every node of every batch until the deadline; what could not be timed is noted with the reason."""
+    libraries = _libraries(c, m.run)
+    with Progress(console=m.console) as progress:
+        task = progress.add_task("Timing", total=len(c.nodes) * len(c.batches))
+        for batch, node in product(c.batches, c.nodes):
+            name = f"{node.form} {node.channels}x{node.height}x{node.width}, batch {batch}"
+            progress.update(task, description=name)
+            if m.deadline.passed:
+                m.run.leave_out(f"{name}, {c}", m.deadline.over)
+            else:
+                m.run.add(_time_node(c, node, batch, libraries, partial(_leave_out, m.run, c, name), m.copy))
+            progress.advance(task)
 
 
-def time_node(
+def _leave_out(run: Run, c: Comparison, node: str, variant: str, reason: str) -> None:
+    run.leave_out(f"{variant} on {node}, {c}", reason)
+
+
+def _libraries(c: Comparison, run: Run) -> dict[str, object]:
+    """Those of the variants that are there."""
+    libraries = {}
+    for name in c.variants:
+        if VARIANTS[name].applies(c.dtype, c.layout):
+            try:
+                libraries[name] = VARIANTS[name].library()
+            except RuntimeError as error:
+                run.leave_out(f"{name}, {c}", str(error))
+    return libraries
+
+
+def _time_node(
+    c: Comparison,
     node: Node,
     batch: int,
-    dtype: torch.dtype,
-    layout: str,
-    device: torch.device,
-    variants: dict[str, object],
-    repetitions: int,
-) -> list[Timing]:
-    """Forward, backward and both of one node."""
+    libraries: dict[str, object],
+    leave_out: Callable[[str, str], None],
+    copy: float,
+) -> list[NodeTime]:
+    """Forward, backward and both of every variant that can and is right."""
+    torch._dynamo.reset()
     shape = (batch, node.channels, node.height, node.width)
-    size = batch * node.elements * dtype.itemsize
-    sets = rotation(3 * size, repetitions, device)
-    problems = [problem(node.form, shape, dtype, layout, device) for _ in range(sets)]
-    name = str(dtype).removeprefix("torch.")
-    timings = []
+    elements = batch * node.elements
+    sets = rotation(3 * elements * c.dtype.itemsize, c.repetitions, c.device)
+    problems = [problem(node.form, shape, c.dtype, c.layout, c.device) for _ in range(sets)]
+    errors = {}
+    for variant, library in libraries.items():
+        error, reason = _checked(VARIANTS[variant], problems[0], library, c.layout)
+        if reason is None:
+            errors[variant] = error
+        else:
+            leave_out(variant, reason)
+    own = {variant: [VARIANTS[variant].problem(p) for p in problems] for variant in errors}
+    found = []
     for phase in PHASES:
-        calls = {variant: [_call(p, library, phase) for p in problems] for variant, library in variants.items()}
-        samples = interleaved(calls, repetitions, device)
-        timings.append(Timing(node, batch, name, layout, phase, samples))
-    return timings
+        calls = {}
+        for v in errors:
+            try:
+                calls[v] = _calls(own[v], libraries[v], phase, c)
+            except RuntimeError as error:
+                leave_out(v, f"{phase}: {first_line(error)}")
+        samples = interleaved(calls, c.repetitions, c.device)
+        least = two_phases(node.form, phase).bytes(elements, c.dtype)
+        place = node.form, node.channels, node.height, node.width, batch, _name(c.dtype), c.layout, phase, least, copy
+        # A graph's replay is a call of every set.
+        per_call = [(v, [ms * len(calls[v]) / sets for ms in samples[v]]) for v in calls]
+        found += [NodeTime(times, *place, v, c.cuda_graph, errors[v]) for v, times in per_call]
+    return found
+
+
+def _checked(variant: Variant, p: Problem, library: object, layout: str) -> tuple[float, str | None]:
+    """(its largest error, why it cannot be timed): a missing form, memory that ran out, or wrong numbers."""
+    try:
+        verdict = judge(variant.problem(p), variant.layout or layout, library)
+    except RuntimeError as error:
+        return 0.0, first_line(error)
+    if not verdict.passed:
+        return verdict.error, f"WRONG: {verdict.worst} is off by {verdict.error:.1e}, over {verdict.limit:.1e}"
+    return verdict.error, None
+
+
+def _calls(problems: list[Problem], library: object, phase: str, c: Comparison) -> list[Callable[[], object]]:
+    """One call of each problem, or one replay of a graph of all of them."""
+    makes = [partial(_call, p, library, phase) for p in problems]
+    return [captured(makes, c.device)] if c.cuda_graph else [make() for make in makes]
 
 
 def _call(p: Problem, library: object, phase: str) -> Callable[[], object]:
-    if phase == "forward":
+    if phase == FORWARD:
         return lambda: p.forward(library)
-    if phase == "both":
-        return lambda: p.backward(p.forward(library))
-    y = p.forward(library)
-    return lambda: p.backward(y, retain_graph=True)
+    if phase == BACKWARD:
+        y = p.forward(library)
+        return lambda: p.backward(y, retain_graph=True)
+    return lambda: p.backward(p.forward(library))
 
 
-def time_nodes(
-    nodes: list[Node],
-    batches: list[int],
-    dtype: torch.dtype,
-    layout: str,
-    device: torch.device,
-    variants: dict[str, object],
-    repetitions: int,
-    console: Console,
-) -> list[Timing]:
-    timings: list[Timing] = []
-    with Progress(console=console) as progress:
-        task = progress.add_task("Timing", total=len(nodes) * len(batches))
-        for batch in batches:
-            for node in nodes:
-                progress.update(task, description=f"{node.form} {node.channels}x{node.height}x{node.width}, {batch}")
-                timings += time_node(node, batch, dtype, layout, device, variants, repetitions)
-                progress.advance(task)
-    return timings
-
-
-def table(timings: list[Timing], copy: float) -> Table:
-    """ms, speed-up, GB/s of the least bytes, fraction of the copy."""
-    others = [v for v in timings[0].samples if v != OURS]
-    shown = Table(
-        title=f"Nodes, {timings[0].dtype} {timings[0].layout}; a copy moves {copy:.0f} GB/s",
-        caption="Medians. GB/s: least bytes of two-phase kernels over our time.",
-    )
+def table(times: list[NodeTime], title: str) -> Table:
+    """Milliseconds of each variant, how many times as long each takes as ours, our GB/s and fraction of the copy."""
+    variants = list(dict.fromkeys(t.variant for t in times))
+    others = [v for v in variants if v != OURS]
+    shown = Table(title=title, caption="Medians. GB/s: least bytes of two-phase kernels over our time.")
     for header in ("batch", "form", "C x H x W", "phase"):
         shown.add_column(header)
-    headers = ["ours ms", *(f"{other} ms" for other in others), *(f"x {other}" for other in others)]
-    for header in (*headers, "GB/s", "of copy"):
+    for header in (*(f"{v} ms" for v in variants), *(f"{v} / ours" for v in others), "GB/s", "of copy"):
         shown.add_column(header, justify="right")
-    for t in timings:
-        ours = t.milliseconds(OURS)
-        times = [t.milliseconds(other) for other in others]
-        numbers = [f"{ours:.4f}", *(f"{time:.4f}" for time in times), *(f"{time / ours:.2f}" for time in times)]
-        bandwidth = t.bandwidth(OURS)
-        shape = f"{t.node.channels} x {t.node.height} x {t.node.width}"
-        shown.add_row(
-            str(t.batch), t.node.form, shape, t.phase, *numbers, f"{bandwidth:.0f}", f"{bandwidth / copy:.2f}"
-        )
+    rows: dict[tuple[Any, ...], dict[str, NodeTime]] = {}
+    for t in times:
+        rows.setdefault((t.batch, t.form, t.shape, t.phase), {})[t.variant] = t
+    for (batch, *names), row in rows.items():
+        milliseconds = [f"{row[v].milliseconds:.4f}" if v in row else "" for v in variants]
+        ours = row.get(OURS)
+        ratios = [f"{row[v].milliseconds / ours.milliseconds:.2f}" if ours and v in row else "" for v in others]
+        bandwidth = [f"{ours.gb_s:.0f}", f"{ours.of_copy:.2f}"] if ours else ["", ""]
+        shown.add_row(str(batch), *names, *milliseconds, *ratios, *bandwidth)
     return shown
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def add_filters(parser: argparse.ArgumentParser) -> None:
+    """Which nodes, and how they are measured."""
+    parser.add_argument("--network", choices=NETWORKS, action="append", help="whose nodes; repeatable, default both")
+    parser.add_argument("--batch", type=int, action="append", metavar="N", help="repeatable; default 256 and 32")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--layout", choices=LAYOUTS, default="channels_last")
+    parser.add_argument("--form", choices=FORMS, action="append", help="repeatable; default all three")
+    parser.add_argument("--repetitions", type=int, help="default 30, of small shapes 5")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_filters(parser)
+    others = [v for v in VARIANTS if v not in (OURS, AGAIN)]
+    parser.add_argument(
+        "--against", choices=others, action="append", metavar="VARIANT",
+        help=f"repeatable: {', '.join(others)}; default {EAGER} and, on a GPU, {COMPILED}",
+    )  # fmt: skip
+    parser.add_argument("--cuda-graph", action="store_true", help="time replays of CUDA graphs, without launches")
+
+
+def filtered(args: argparse.Namespace, small: bool) -> Comparison:
+    """From the filters; ``small``: of nodes that Triton's interpreter takes no time for."""
+    nodes = SMALL if small else unique([n for name in args.network or NETWORKS for n in NETWORKS[name]().nodes])
+    return Comparison(
+        nodes=[n for n in nodes if n.form in (args.form or FORMS)],
+        batches=list(args.batch or (SMALL_BATCHES if small else BATCHES)),
+        dtype=DTYPES[args.dtype],
+        layout=args.layout,
+        repetitions=args.repetitions or repetitions(small),
+    )
+
+
+def repetitions(small: bool) -> int:
+    return 5 if small else 30
+
+
+def standard(device: torch.device) -> tuple[str, ...]:
+    """The variants of a comparison that names none; a CPU would compile for minutes, and its noise says nothing."""
+    return STANDARD if device.type == "cuda" else (OURS, EAGER)
+
+
+def measure(args: argparse.Namespace, m: Measuring) -> None:
+    """Raises: ValueError for CUDA graphs without a GPU."""
+    if args.cuda_graph and m.device.type != "cuda":
+        raise ValueError("--cuda-graph needs a CUDA GPU, and torch sees none")
+    variants = (OURS, AGAIN, *args.against) if args.against else standard(m.device)
+    time_nodes(replace(filtered(args, m.small), variants=variants, cuda_graph=args.cuda_graph), m)

@@ -1,7 +1,8 @@
 """The one entry point of the benchmarks: ``python benchmarks/run.py [COMMAND]``; ``--help`` lists the commands.
 
-Without a command: the correctness gate, then on a CUDA GPU the times of ResNet-50's nodes; on a machine without one the
-gate through Triton's interpreter, and what can be counted there.
+Without a command: the correctness gate, then our kernels, the nodes of ResNet-50 and its training step against what one
+would otherwise use, tables and plots; on a machine without a CUDA GPU the same with small shapes through Triton's
+interpreter, whose times say nothing, and what can be counted there. Commands that measure add to one result file.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
 import torch
 
@@ -24,69 +24,59 @@ if not sys.stdout.isatty():
 import audit
 import fused_networks
 import host
+import kernel_profile
+import measuring
+import network_timing
 import node_timing
-import timing
+import report
+import standard
 import traffic
-from gate import run_gate
-from nodes import NETWORKS
-from problems import DTYPES, LAYOUTS
-from results import write
+from results import ResultError, load
 from rich.console import Console
 
-COMMANDS = {"traffic": traffic, "audit": audit, "host": host, "coverage": fused_networks}
+COMMANDS = {"traffic": traffic, "audit": audit, "host": host, "coverage": fused_networks, "report": report}
+# Those that time something, and add to a result file.
+MEASURING = {"nodes": node_timing, "networks": network_timing, "profile": kernel_profile}
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
-    return COMMANDS[args.command].run(args) if args.command else _standard(args)
+    if args.command in COMMANDS:
+        return COMMANDS[args.command].run(args)
+    code = _measure(args)
+    if args.command is None and not torch.cuda.is_available():
+        short = [COMMANDS[name].run(_parser().parse_args([name, "--short"])) for name in ("traffic", "audit")]
+        return max(code, *short)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[2])
-    parser.add_argument("--batch", type=int, action="append", metavar="N", help="repeatable; default 256 and 32")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--layout", choices=LAYOUTS, default="channels_last")
-    parser.add_argument("--network", choices=NETWORKS, default="resnet50", help="whose nodes are timed")
-    parser.add_argument("--form", help="only nodes whose form is this")
-    parser.add_argument("--repetitions", type=int, default=30)
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder of the JSON and CSV files")
+    measuring.add_arguments(parser)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, help=(module.__doc__ or "").partition("\n")[0]))
+    for name, module in (MEASURING | COMMANDS).items():
+        command = commands.add_parser(name, help=(module.__doc__ or "").partition("\n")[0])
+        if name in MEASURING:
+            measuring.add_arguments(command)
+        module.add_arguments(command)
     return parser
 
 
-def _standard(args: argparse.Namespace) -> int:
-    console = Console()
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    if on_gpu:
-        console.print(f"[bold]{torch.cuda.get_device_name()}[/], torch {torch.__version__}")
-    else:
-        console.print(
-            f"No CUDA GPU (torch {torch.__version__}): the kernels run in Triton's interpreter, which shows that they "
-            "are right and what they move, not how fast they are."
-        )
-    dtypes = [DTYPES[args.dtype], torch.float32] if on_gpu else [DTYPES[args.dtype], torch.float64]
-    verdicts = run_gate(device, list(dict.fromkeys(dtypes)), console)
-    if not all(v.passed for v in verdicts):
-        console.print("[red]The kernels are wrong on this machine: nothing was timed.")
+def _measure(args: argparse.Namespace) -> int:
+    """Measures, and shows the whole result file; 0, or 1 where ours was wrong or nothing could be measured."""
+    try:
+        m = measuring.begin(args)
+        (MEASURING[args.command] if args.command else standard).measure(args, m)
+    except (ResultError, ValueError) as error:
+        Console(stderr=True).print(f"[red]run.py: error: {error}", soft_wrap=True)
         return 1
-    if not on_gpu:
-        short = [COMMANDS[name].run(_parser().parse_args([name, "--short"])) for name in ("traffic", "audit")]
-        return max(short)
-    nodes = [n for n in NETWORKS[args.network]().nodes if args.form in (None, n.form)]
-    copy = timing.copy_bandwidth(device)
-    timings = node_timing.time_nodes(
-        nodes, args.batch or [256, 32], DTYPES[args.dtype], args.layout, device,
-        node_timing.libraries(args.compile), args.repetitions, console,
-    )  # fmt: skip
-    console.print(node_timing.table(timings, copy))
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    for path in write(args.output, settings, verdicts, timings, copy):
-        console.print(f"wrote {path}")
-    return 0
+    if m.run.left_out:
+        m.console.print(measuring.left_out(m.run))
+    for results in load([m.run.path]).values():
+        report.show(results, m.console)
+        for path in (m.run.path, *report.write(results, m.run.path.parent)):
+            m.console.print(f"wrote {path}", soft_wrap=True)
+    return 1 if m.failed else 0
 
 
 if __name__ == "__main__":

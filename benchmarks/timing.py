@@ -7,9 +7,9 @@ timed and not the host that launches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
-from time import perf_counter
+from time import monotonic, perf_counter
 
 import torch
 
@@ -17,7 +17,37 @@ import torch
 ROTATED_BYTES = 2**29
 # Long enough for the host to queue a node behind it.
 WAIT_CYCLES = 1_000_000
-WARM_UP = 3
+
+
+def warm_ups(device: torch.device) -> int:
+    """Calls that are not timed: a GPU's compile, choose algorithms and fill the allocator."""
+    return 3 if device.type == "cuda" else 1
+
+
+class Deadline:
+    """So many minutes from now on."""
+
+    def __init__(self, minutes: float):
+        self.minutes = minutes
+        self._end = monotonic() + 60 * minutes
+
+    @property
+    def passed(self) -> bool:
+        return monotonic() > self._end
+
+    @property
+    def seconds_left(self) -> float:
+        return max(0.0, self._end - monotonic())
+
+    @property
+    def over(self) -> str:
+        """The reason for what was not begun."""
+        return f"the {self.minutes:g} minutes were over"
+
+
+def first_line(error: Exception) -> str:
+    """What a table has room for."""
+    return str(error).strip().partition("\n")[0]
 
 
 def rotation(set_bytes: int, repetitions: int, device: torch.device) -> int:
@@ -31,10 +61,11 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Milliseconds of every repetition; the first ones of each variant warm up and are dropped."""
     timed: dict[str, list[Callable[[], float]]] = {variant: [] for variant in calls}
-    for repetition in range(WARM_UP + repetitions):
+    untimed = warm_ups(device)
+    for repetition in range(untimed + repetitions):
         for variant, rotated in calls.items():
             elapsed = _timed(rotated[repetition % len(rotated)], device)
-            if repetition >= WARM_UP:
+            if repetition >= untimed:
                 timed[variant].append(elapsed)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -54,6 +85,31 @@ def _timed(call: Callable[[], object], device: torch.device) -> Callable[[], flo
     call()
     last.record()
     return lambda: first.elapsed_time(last)
+
+
+def captured(makes: Sequence[Callable[[], Callable[[], object]]], device: torch.device) -> Callable[[], object]:
+    """The calls that ``makes`` make, one after the other, as one replay of a CUDA graph.
+
+    They are made on the capturing stream too: a backward runs on the stream of its forward.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        calls = [make() for make in makes]
+        for _ in range(warm_ups(device)):
+            for call in calls:
+                call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+
+    def replay(calls: object = calls) -> None:
+        # The graph reads what the calls hold.
+        graph.replay()
+
+    return replay
 
 
 def copy_bandwidth(device: torch.device, repetitions: int = 20) -> float:

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 from networks import cifar_resnet
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Shape = tuple[int, int, int, int]
@@ -42,6 +42,11 @@ def build(name: str) -> nn.Module:
 
 def entry(name: str) -> Entry:
     return SMALL[name] if name in SMALL else NETWORKS[name]
+
+
+def logits_of(output: Tensor | object) -> Tensor:
+    """What a network returns; transformers' return an object that has it."""
+    return output if isinstance(output, Tensor) else output.logits  # type: ignore[attr-defined]
 
 
 def torchvision() -> ModuleType:

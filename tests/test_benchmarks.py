@@ -1,26 +1,39 @@
-"""The benchmark command as a user runs it, and its timing and result files on small nodes."""
+"""The benchmark command as a user runs it, and its gate."""
 
-import csv
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from nodes import FORMS
 
 ROOT = Path(__file__).parent.parent
+KINDS = ("speedup", "bandwidth", "kernels")
 
 
 @pytest.mark.interpreter
 def test_the_command_without_arguments(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--output", str(tmp_path / "results")]
+    command = [sys.executable, str(ROOT / "benchmarks" / "run.py")]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "No CUDA GPU" in result.stdout
+    assert "these times say nothing about speed" in result.stdout
     assert "WRONG" not in result.stdout
     assert "norm+add(norm)+relu" in result.stdout
-    assert not (tmp_path / "results").exists()
+    path = tmp_path / "results" / "cpu.json"
+    (content,) = json.loads(path.read_text())["runs"]
+    assert content["environment"]["torch"] == torch.__version__
+    assert content["left_out"] == []
+    assert {verdict["passed"] for verdict in content["gate"]} == {True}
+    assert {(t["form"], t["phase"], t["variant"]) for t in content["nodes"]} == set(
+        product(FORMS, ("forward", "backward", "both"), ("resfused", "eager"))
+    )
+    assert [t["variant"] for t in content["networks"]] == ["resfused", "eager"]
+    assert len(content["kernels"]) == 4 * len(FORMS)
+    plots = {p.name for p in path.parent.glob("*.png")}
+    assert plots == {"cpu-images.png", *(f"cpu-{kind}-bfloat16-channels_last-batch-8.png" for kind in KINDS)}
 
 
 def test_a_wrong_kernel_fails_the_gate(device, monkeypatch):
@@ -44,40 +57,3 @@ def test_a_wrong_kernel_fails_the_gate(device, monkeypatch):
             verdict = gate.judge(p, "contiguous")
         assert not verdict.passed
         assert verdict.worst == "gradient 1"
-
-
-def test_timing_and_result_files(device, tmp_path):
-    import gate
-    import node_timing
-    import results
-    import timing
-    from nodes import FORMS, Node
-    from problems import problem
-    from rich.console import Console
-
-    nodes = [Node(form, 8, 3, 3, 1) for form in FORMS]
-    timings = node_timing.time_nodes(
-        nodes,
-        [2],
-        torch.float32,
-        "channels_last",
-        device,
-        node_timing.libraries(compiled=False),
-        3,
-        Console(quiet=True),
-    )
-    assert len(timings) == len(FORMS) * len(node_timing.PHASES)
-    assert all(len(s) == 3 and min(s) > 0 for t in timings for s in t.samples.values())
-    forward = next(t for t in timings if t.node.form == "norm+add+relu" and t.phase == "forward")
-    # x twice, s, y in float32, and a bit an element.
-    assert forward.least_bytes == 2 * 72 * (4 * 4 + 1 / 8)
-    copy = timing.copy_bandwidth(device, repetitions=3)
-    Console(quiet=True).print(node_timing.table(timings, copy))
-    verdict = gate.judge(problem(FORMS[0], (2, 8, 3, 3), torch.float32, "contiguous", device), "contiguous")
-    json_path, csv_path = results.write(tmp_path, {"batch": [2]}, [verdict], timings, copy)
-    content = json.loads(json_path.read_text())
-    assert content["environment"]["torch"] == torch.__version__
-    assert content["gate"][0]["passed"]
-    rows = list(csv.DictReader(csv_path.open()))
-    assert len(rows) == len(timings) * 2
-    assert {row["variant"] for row in rows} == {"resfused", "eager"}
