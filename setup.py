@@ -10,8 +10,8 @@ version = re.search(r'__version__ = "(.+)"', (root / "resfused" / "version.py").
 if version is None:
     raise RuntimeError("resfused/version.py must define __version__")
 
-bench = ["matplotlib>=3.8", "scikit-learn>=1.5"]
-networks = ["torchvision", "timm>=1", "transformers>=4.50"]
+bench = ["matplotlib>=3.8", "scikit-learn>=1.5", "torchvision"]
+networks = ["timm>=1", "transformers>=4.50"]
 test = [
     "pytest>=8",
     "pytest-xdist>=3.5",

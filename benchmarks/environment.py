@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -13,10 +14,14 @@ import torch
 
 
 def environment() -> dict[str, Any]:
-    """GPU, driver, versions, commit and time, as every result file carries them."""
+    """GPU, driver, versions, commit and time, as every result file carries them.
+
+    The commit of a copy without git's folder is what the environment variable RESFUSED_COMMIT says.
+    """
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12")
+        or os.environ.get("RESFUSED_COMMIT"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,

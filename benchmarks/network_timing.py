@@ -145,7 +145,9 @@ class Judge:
         with torch.no_grad():
             classes = logits_of(self._network.eval()(self._images[:1])).shape[1]
         self._labels = torch.randint(classes, (workload.batch,), device=device)
-        self._exact = self.step(Way(dtype=torch.float32 if device.type == "cuda" else torch.float64)).results()
+        exact = self.step(Way(dtype=torch.float32 if device.type == "cuda" else torch.float64))
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            self._exact = exact.results()
         self._limits: dict[torch.dtype, list[float]] = {}
 
     def step(self, way: Way) -> Step:
@@ -188,15 +190,19 @@ def time_networks(workloads: list[Workload], ways: Sequence[str], repetitions: i
                     m.run.leave_out(f"{way}, {workload}", outcome)
             progress.update(task, description=f"{workload}: timing", advance=1)
             m.run.add(_timed(workload, ready, repetitions, m.device))
+            ready.clear()
+            _free(m.device)
 
 
 def _prepared(
     workload: Workload, ways: Sequence[str], device: torch.device, deadline: Deadline
 ) -> Iterator[tuple[str, Ready | str]]:
     """Each way with its step, or why there is none."""
+    # Dynamo's limit is of compilations of one forward, whatever the network.
+    torch._dynamo.reset()
     try:
         judge = Judge(workload, device)
-    except RuntimeError as error:
+    except (RuntimeError, ImportError) as error:
         yield from ((way, f"no exact results: {first_line(error)}") for way in ways)
         return
     for way in ways:
@@ -219,8 +225,7 @@ def _prepare(way: Way, judge: Judge, device: torch.device) -> Ready | str:
         return Ready(step.run, None, error)
     for _ in range(warm_ups(device)):
         step.run()
-    gc.collect()
-    torch.cuda.empty_cache()
+    _free(device)
     torch.cuda.reset_peak_memory_stats()
     if way.cuda_graph:
         # A replay allocates nothing: its memory is what the capture took.
@@ -229,6 +234,13 @@ def _prepare(way: Way, judge: Judge, device: torch.device) -> Ready | str:
         call = step.run
         call()
     return Ready(call, torch.cuda.max_memory_allocated() - before, error)
+
+
+def _free(device: torch.device) -> None:
+    """Gives back what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _timed(workload: Workload, ready: dict[str, Ready], repetitions: int, device: torch.device) -> list[NetworkTime]:

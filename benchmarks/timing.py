@@ -16,7 +16,7 @@ import torch
 # Sets of inputs together exceed any L2 cache.
 ROTATED_BYTES = 2**29
 # Long enough for the host to queue a node behind it.
-WAIT_CYCLES = 1_000_000
+WAIT_CYCLES = 2_000_000
 
 
 def warm_ups(device: torch.device) -> int:
