@@ -9,8 +9,8 @@ In cuDNN's documentation the engines are BnAddRelu and DReluForkDBn. The graphs,
 
 Activations are channels_last in float16, bfloat16 or float32; statistics, vectors and arithmetic are float32. The saved
 ``rstd`` is of the biased variance; that ``running_var`` gets the unbiased one is what tests on a GPU hold cuDNN to. The
-mask has one byte an element of memory, as in NVIDIA's Python samples; the kernels use one bit of it. cuDNN requires a
-tensor to compare with, and does not read it.
+mask has one byte an element of memory, as in NVIDIA's Python samples, of which its C++ samples give cuDNN one bit. What
+it compares with, a whole tensor there, is a zero by value.
 
 A plan is built at the first call of a shape, cuDNN's first choice by its heuristics, and kept; momentum and eps are
 passed by value at every execution. Work goes to the current stream, the workspace comes from torch's allocator.
