@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -197,6 +198,13 @@ def test_no_gpu(made, monkeypatch):
     rivals, reasons = available(MODULES)
     assert rivals == {}
     assert all("needs a CUDA GPU" in reason for reason in reasons.values())
+
+
+@pytest.mark.parametrize("function", ["batch_norm_relu", "batch_norm_add_relu", "batch_norm_add_batch_norm_relu"])
+def test_the_signatures_are_the_references(function, made):
+    expected = inspect.signature(getattr(reference, function)).parameters
+    for name in MODULES:
+        assert inspect.signature(getattr(made(name), function)).parameters == expected
 
 
 def test_an_unknown_name():

@@ -9,8 +9,8 @@ In cuDNN's documentation the engines are BnAddRelu and DReluForkDBn. The graphs,
 
 Activations are channels_last in float16, bfloat16 or float32; statistics, vectors and arithmetic are float32. The saved
 ``rstd`` is of the biased variance; that ``running_var`` gets the unbiased one is what tests on a GPU hold cuDNN to. The
-mask has one byte an element of memory, as in NVIDIA's Python samples; the kernels use one bit of it. cuDNN requires a
-tensor to compare with, and does not read it.
+mask has one byte an element of memory, as in NVIDIA's Python samples, of which its C++ samples give cuDNN one bit. What
+it compares with, a whole tensor there, is a zero by value.
 
 A plan is built at the first call of a shape, cuDNN's first choice by its heuristics, and kept; momentum and eps are
 passed by value at every execution. Work goes to the current stream, the workspace comes from torch's allocator.
@@ -33,7 +33,7 @@ DATA_TYPES = {torch.float16: "HALF", torch.bfloat16: "BFLOAT16", torch.float32: 
 
 
 @dataclass(frozen=True)
-class Problem:
+class PlanKey:
     """What a plan depends on."""
 
     shape: torch.Size
@@ -59,22 +59,28 @@ class Plan:
 class Builder:
     """A graph under construction; whatever is not virtual has a name."""
 
-    def __init__(self, cudnn: Any, handle: Any, problem: Problem) -> None:
+    def __init__(self, cudnn: Any, handle: Any, key: PlanKey) -> None:
         self.cudnn = cudnn
-        self.problem = problem
-        self.dtype = getattr(cudnn.data_type, DATA_TYPES[problem.dtype])
+        self.key = key
+        self.dtype = getattr(cudnn.data_type, DATA_TYPES[key.dtype])
         self.float = cudnn.data_type.FLOAT
         self.graph = cudnn.pygraph(
             io_data_type=self.dtype, intermediate_data_type=self.float, compute_data_type=self.float, handle=handle
         )
         self.tensors: dict[str, Any] = {}
 
-    def activation(self, name: str, data_type: Any = None) -> Any:
-        n, c, h, w = self.problem.shape
-        return self._input(name, [n, c, h, w], [h * w * c, 1, w * c, c], data_type or self.dtype)
+    def activation(self, name: str) -> Any:
+        return self._activation(name, self.dtype)
+
+    def mask(self, name: str) -> Any:
+        return self._activation(name, self.cudnn.data_type.BOOLEAN)
+
+    def _activation(self, name: str, data_type: Any) -> Any:
+        n, c, h, w = self.key.shape
+        return self._input(name, [n, c, h, w], [h * w * c, 1, w * c, c], data_type)
 
     def vector(self, name: str) -> Any:
-        c = self.problem.shape[1]
+        c = self.key.shape[1]
         return self._input(name, [1, c, 1, 1], [c, 1, c, c], self.float)
 
     def scalar(self, name: str) -> Any:
@@ -99,9 +105,7 @@ class Builder:
             self.graph.build_plans()
         except self.cudnn.cudnnGraphNotSupportedError as error:
             said = " ".join(str(error).split())[:300]
-            raise Unsupported(
-                f"cuDNN {self.cudnn.backend_version()} has no engine for {self.problem}: {said}"
-            ) from None
+            raise Unsupported(f"cuDNN {self.cudnn.backend_version()} has no engine for {self.key}: {said}") from None
         return Plan(self.graph, self.tensors, self.graph.get_workspace_size())
 
 
@@ -122,10 +126,10 @@ def forward_plan(builder: Builder) -> Plan:
     b.output("rstd", rstd, b.float)
     b.output("new_running_mean", running_mean, b.float)
     b.output("new_running_var", running_var, b.float)
-    z = graph.add(a=normalised, b=b.activation("residual"), name="add") if b.problem.add else normalised
+    z = graph.add(a=normalised, b=b.activation("residual"), name="add") if b.key.add else normalised
     y = graph.relu(input=z, name="relu")
     b.output("output", y, b.dtype)
-    if b.problem.add:
+    if b.key.add:
         # Taken of y: of z it finds no engine.
         mask = graph.cmp_gt(input=y, comparison=b.scalar("zero"), name="mask")
         b.output("mask", mask, b.cudnn.data_type.BOOLEAN)
@@ -137,8 +141,8 @@ def backward_plan(builder: Builder) -> Plan:
     b, graph = builder, builder.graph
     dy, x = b.activation("grad_output"), b.activation("input")
     weight, mean, rstd = b.vector("weight"), b.vector("mean"), b.vector("rstd")
-    if b.problem.add:
-        dz = graph.mul(a=dy, b=b.activation("mask", b.cudnn.data_type.BOOLEAN), name="relu_backward")
+    if b.key.add:
+        dz = graph.mul(a=dy, b=b.mask("mask"), name="relu_backward")
         b.output("grad_residual", dz, b.dtype)
     else:
         z = graph.batchnorm_inference(
@@ -170,7 +174,7 @@ class CudnnGraph(Library):
         self.cudnn = imported("cudnn", "nvidia-cudnn-frontend")
         super().__init__()
         self._new_handle = cache(lambda device: self.cudnn.create_handle())
-        self._plans: dict[tuple[Callable[[Builder], Plan], Problem], Plan] = {}
+        self._plans: dict[tuple[Callable[[Builder], Plan], PlanKey], Plan] = {}
 
     def run(self, call: Call) -> Tensor:
         return _BatchNormReLU.apply(
@@ -178,15 +182,15 @@ class CudnnGraph(Library):
             call.momentum, call.eps,
         )  # fmt: skip
 
-    def execute(self, direction: Callable[[Builder], Plan], problem: Problem, **buffers: Tensor | None) -> None:
+    def execute(self, direction: Callable[[Builder], Plan], key: PlanKey, **buffers: Tensor | None) -> None:
         """Run the plan of ``forward_plan`` or ``backward_plan`` on the current stream."""
-        with torch.cuda.device(problem.device):
-            handle = self._new_handle(problem.device)
-            self.cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(problem.device).cuda_stream)
-            plan = self._plans.get((direction, problem))
+        with torch.cuda.device(key.device):
+            handle = self._new_handle(key.device)
+            self.cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(key.device).cuda_stream)
+            plan = self._plans.get((direction, key))
             if plan is None:
-                plan = self._plans[direction, problem] = direction(Builder(self.cudnn, handle, problem))
-            plan.execute(handle, problem.device, **buffers)
+                plan = self._plans[direction, key] = direction(Builder(self.cudnn, handle, key))
+            plan.execute(handle, key.device, **buffers)
 
 
 class _BatchNormReLU(torch.autograd.Function):
@@ -203,19 +207,19 @@ class _BatchNormReLU(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        problem = Problem(x.shape, x.dtype, x.device, residual is not None)
+        key = PlanKey(x.shape, x.dtype, x.device, residual is not None)
         y = torch.empty_like(x)
         mean, rstd = x.new_empty(2, x.shape[1], dtype=torch.float32)
-        mask = torch.empty_like(x, dtype=torch.bool) if problem.add else None
+        mask = torch.empty_like(x, dtype=torch.bool) if key.add else None
         # Executing exports its buffers, and torch exports none that require gradients.
         x, weight, bias = x.detach(), weight.detach(), bias.detach()
         library.execute(
-            forward_plan, problem, input=x, residual=None if residual is None else residual.detach(),
+            forward_plan, key, input=x, residual=None if residual is None else residual.detach(),
             weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
             momentum=_scalar(momentum), eps=_scalar(eps), zero=_scalar(0.0),
             output=y, mean=mean, rstd=rstd, mask=mask, new_running_mean=running_mean, new_running_var=running_var,
         )  # fmt: skip
-        ctx.library, ctx.problem = library, problem
+        ctx.library, ctx.key = library, key
         ctx.save_for_backward(x, weight, bias, mean, rstd, mask)
         return y
 
@@ -225,10 +229,10 @@ class _BatchNormReLU(torch.autograd.Function):
         x, weight, bias, mean, rstd, mask = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx = torch.empty_like(x)
-        dresidual = torch.empty_like(x) if ctx.problem.add else None
+        dresidual = torch.empty_like(x) if ctx.key.add else None
         dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
         ctx.library.execute(
-            backward_plan, ctx.problem,
+            backward_plan, ctx.key,
             grad_output=dy, input=x, weight=weight, bias=bias, mean=mean, rstd=rstd, mask=mask,
             grad_input=dx, grad_residual=dresidual, grad_weight=dweight, grad_bias=dbias,
         )  # fmt: skip

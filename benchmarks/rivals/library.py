@@ -100,7 +100,24 @@ class Library(ABC):
         """relu(batch_norm(input) + residual)"""
         return self._run(Call(input, residual, running_mean, running_var, weight, bias, training, momentum, eps))
 
-    def batch_norm_add_batch_norm_relu(self, *args: Any, **kwargs: Any) -> Tensor:
+    def batch_norm_add_batch_norm_relu(
+        self,
+        input: Tensor,
+        residual: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        residual_running_mean: Tensor | None,
+        residual_running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        residual_weight: Tensor | None = None,
+        residual_bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        residual_momentum: float = 0.1,
+        residual_eps: float = 1e-5,
+    ) -> Tensor:
         """relu(batch_norm(input) + batch_norm(residual)): no rival has it."""
         raise Unsupported(f"{self.name} normalises one input; norm+add(norm)+relu has two")
 
