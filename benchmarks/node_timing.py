@@ -76,11 +76,13 @@ def _libraries(c: Comparison, run: Run) -> dict[str, object]:
     """Those of the variants that are there."""
     libraries = {}
     for name in c.variants:
-        if VARIANTS[name].applies(c.dtype, c.layout):
-            try:
-                libraries[name] = VARIANTS[name].library()
-            except RuntimeError as error:
-                run.leave_out(f"{name}, {c}", str(error))
+        if not VARIANTS[name].applies(c.dtype, c.layout):
+            run.leave_out(f"{name}, {c}", "it is of another precision, or what is compared already")
+            continue
+        try:
+            libraries[name] = VARIANTS[name].library()
+        except RuntimeError as error:
+            run.leave_out(f"{name}, {c}", first_line(error))
     return libraries
 
 

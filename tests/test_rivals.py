@@ -170,34 +170,32 @@ def test_tensors_on_another_device(made, monkeypatch):
 
 
 def test_absent_packages_are_named(monkeypatch):
-    from rivals import RIVALS, available
+    from rivals import RIVALS, Unavailable
 
     for module in MODULES.values():
         monkeypatch.setitem(sys.modules, module, None)
-    made, reasons = available()
-    assert made == {}
-    assert list(reasons) == list(RIVALS) == list(MODULES)
-    for name, reason in reasons.items():
-        assert f"{PACKAGES[name]} cannot be imported" in reason
+    assert list(RIVALS) == list(MODULES)
+    for name, make in RIVALS.items():
+        with pytest.raises(Unavailable, match=f"{PACKAGES[name]} cannot be imported"):
+            make()
 
 
 def test_apex_without_its_extension(made, monkeypatch):
-    from rivals import available
+    from rivals import Unavailable
 
     monkeypatch.delattr(sys.modules[MODULES[APEX]], "BatchNorm2d_NHWC")
-    rivals, reasons = available([ATTORCH, APEX])
-    assert list(rivals) == [ATTORCH]
-    assert "--bnp" in reasons[APEX]
+    with pytest.raises(Unavailable, match="--bnp"):
+        made(APEX)
 
 
 def test_no_gpu(made, monkeypatch):
-    from rivals import available, library
+    from rivals import Unavailable, library
 
     monkeypatch.setattr(library, "DEVICE", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    rivals, reasons = available(MODULES)
-    assert rivals == {}
-    assert all("needs a CUDA GPU" in reason for reason in reasons.values())
+    for name in MODULES:
+        with pytest.raises(Unavailable, match="needs a CUDA GPU"):
+            made(name)
 
 
 @pytest.mark.parametrize("function", ["batch_norm_relu", "batch_norm_add_relu", "batch_norm_add_batch_norm_relu"])
@@ -207,20 +205,13 @@ def test_the_signatures_are_the_references(function, made):
         assert inspect.signature(getattr(made(name), function)).parameters == expected
 
 
-def test_an_unknown_name():
-    from rivals import available
-
-    with pytest.raises(ValueError, match=r"cuDNN graph.*got oneDNN"):
-        available([CUDNN, "oneDNN"])
-
-
 def real(name):
-    from rivals import available
+    from rivals import RIVALS, Unavailable
 
-    rivals, reasons = available([name])
-    if reasons:
-        pytest.skip(reasons[name])
-    return rivals[name]
+    try:
+        return RIVALS[name]()
+    except Unavailable as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from node_timing import Comparison
 from nodes import NETWORKS, Node
 from results import NetworkTime, NodeTime
 from rich.console import Console
+from rivals import RIVALS
 from timing import Deadline, interleaved, rotation
 from variants import VARIANTS, Variant
 
@@ -199,14 +200,18 @@ def test_the_nodes_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = ["--small", "--form", "norm+relu", "--dtype", "float32", "--layout", "contiguous"]
     options += ["--batch", "2", "--repetitions", "1"]
-    assert run.main(["nodes", *options, "--against", "eager float16", "--against", "eager"]) == 0
+    others = [option for name in (*RIVALS, "eager float16", "eager") for option in ("--against", name)]
+    assert run.main(["nodes", *options, *others]) == 0
     assert run.main(["--results", "results/mine.json", "nodes", *options, "--against", "eager"]) == 0
     found = json.loads((tmp_path / "results" / "mine.json").read_text())["runs"][0]
     assert {(t["variant"], t["dtype"], t["layout"]) for t in found["nodes"]} == {
         (variant, "float32", "contiguous") for variant in ("resfused", "resfused again", "eager")
     }
     assert found["settings"]["command"] == "nodes"
-    assert len(list((tmp_path / "results").glob("*.json"))) == 2
+    (first,) = (p for p in (tmp_path / "results").glob("*.json") if p.name != "mine.json")
+    left_out = {entry["what"] for entry in json.loads(first.read_text())["runs"][0]["left_out"]}
+    if not torch.cuda.is_available():
+        assert left_out == {f"{name}, float32 contiguous" for name in (*RIVALS, "eager float16")}
     assert "Nodes, float32 contiguous" in capsys.readouterr().out
 
 

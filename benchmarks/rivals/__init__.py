@@ -6,11 +6,11 @@ None of them is installed with resfused. A rival is made where it can be importe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from rivals.library import Library, Unavailable, Unsupported
 
-__all__ = ["RIVALS", "Unavailable", "Unsupported", "available"]
+__all__ = ["RIVALS", "Unavailable", "Unsupported"]
 
 
 def _cudnn_graph() -> Library:
@@ -36,18 +36,3 @@ RIVALS: dict[str, Callable[[], object]] = {
     "apex groupbn": _apex_groupbn,
     "attorch": _attorch,
 }
-
-
-def available(names: Iterable[str] = tuple(RIVALS)) -> tuple[dict[str, object], dict[str, str]]:
-    """The rivals of these names that could be made, and for each of the others the reason. ValueError: no such name."""
-    names = list(names)
-    if unknown := [name for name in names if name not in RIVALS]:
-        raise ValueError(f"names must be among {', '.join(RIVALS)}; got {', '.join(unknown)}")
-    made: dict[str, object] = {}
-    reasons: dict[str, str] = {}
-    for name in names:
-        try:
-            made[name] = RIVALS[name]()
-        except Unavailable as error:
-            reasons[name] = str(error)
-    return made, reasons
