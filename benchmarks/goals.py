@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 import network_timing as networks
 import variants as nodes
-from network_timing import TRAINING
+from network_timing import RESNET50, TRAINING
 from nodes import NETWORKS
 from passes import BOTH
 from results import KernelTime, NetworkTime, NodeTime, Results
 
 GPU = "NVIDIA H200"
 BATCH, SMALL_BATCH = 256, 32
-RESNET50 = "torchvision/resnet50"
 # Of ResNet-50 at 224x224; the stem's is before them.
 STAGES_1_TO_3 = (56, 28, 14)
 HALF = "bfloat16"

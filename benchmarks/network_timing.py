@@ -12,6 +12,7 @@ import copy
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import cast
 
 import torch
@@ -29,7 +30,8 @@ from zoo import NETWORKS, SMALL, build, entry, logits_of
 import resfused
 
 TRAINING, INFERENCE = MODES = ("training", "inference")
-DEFAULT_NETWORKS = ("torchvision/resnet50", "torchvision/resnet18", "torchvision/resnet101")
+RESNET50, SMALL_NETWORK = "torchvision/resnet50", "small/cifar_resnet8"
+DEFAULT_NETWORKS = (RESNET50, "torchvision/resnet18", "torchvision/resnet101")
 BATCHES = (256, 64)
 IMAGE_SIZE = 224
 # Of eager's difference to the exact numbers; where it is smaller than this, this.
@@ -275,10 +277,11 @@ def table(times: list[NetworkTime], title: str) -> Table:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--network", action="append", choices=[*NETWORKS, *SMALL], metavar="NAME",
-        help="repeatable; default torchvision's resnet18, resnet50 and resnet101",
+        help="repeatable; default torchvision's resnet50, resnet18 and resnet101",
     )  # fmt: skip
-    parser.add_argument("--mode", action="append", choices=MODES, help="repeatable; default training")
+    parser.add_argument("--mode", action="append", choices=MODES, help="repeatable; default training; ResNet-50's both")
     parser.add_argument("--batch", type=int, action="append", metavar="N", help="repeatable; default 256 and 64")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="default 224, of small networks their own")
     others = [w for w in WAYS if not WAYS[w].fused]
     parser.add_argument(
         "--against", choices=others, action="append", metavar="WAY",
@@ -289,21 +292,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def workloads(args: argparse.Namespace, small: bool) -> list[Workload]:
     """From the command's arguments; ``small``: of networks that Triton's interpreter takes seconds for."""
-    networks = args.network or (["small/cifar_resnet8"] if small else DEFAULT_NETWORKS)
+    networks = args.network or ([SMALL_NETWORK] if small else DEFAULT_NETWORKS)
+    pairs = list(product(networks, args.mode or [TRAINING]))
+    if not (args.network or args.mode or small):
+        pairs.append((RESNET50, INFERENCE))
     return [
-        Workload(name, mode, batch, IMAGE_SIZE if name in NETWORKS else entry(name).shape[-1])
-        for name in networks
-        for mode in args.mode or [TRAINING]
+        Workload(name, mode, batch, args.image_size or _image_size(name, small))
+        for name, mode in pairs
         for batch in args.batch or ([entry(name).shape[0]] if small else BATCHES)
     ]
 
 
 def standard_workload(small: bool) -> Workload:
     """A training step of ResNet-50 with the larger batch."""
-    if small:
-        name = "small/cifar_resnet8"
-        return Workload(name, TRAINING, entry(name).shape[0], entry(name).shape[-1])
-    return Workload(DEFAULT_NETWORKS[0], TRAINING, BATCHES[0], IMAGE_SIZE)
+    name = SMALL_NETWORK if small else RESNET50
+    batch = entry(name).shape[0] if small else BATCHES[0]
+    return Workload(name, TRAINING, batch, _image_size(name, small))
+
+
+def _image_size(name: str, small: bool) -> int:
+    """ImageNet's, but for networks that are made for less."""
+    for_less = small or name.startswith(("small/", "cifar/"))
+    return entry(name).shape[-1] if for_less else IMAGE_SIZE
 
 
 def repetitions(small: bool) -> int:

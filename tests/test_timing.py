@@ -1,5 +1,6 @@
 """Nodes and networks timed on small shapes: what is timed, what is left out and why; never how long it takes."""
 
+import argparse
 import json
 from types import SimpleNamespace
 
@@ -226,6 +227,23 @@ def test_a_damaged_result_file_is_said_before_anything_is_measured(tmp_path, cap
 def test_cuda_graphs_need_a_gpu(tmp_path, capsys):
     assert run.main(["nodes", "--cuda-graph", "--results", str(tmp_path / "x.json")]) == 1
     assert "--cuda-graph needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_the_networks_that_are_timed():
+    def chosen(*options, small=False):
+        parser = argparse.ArgumentParser()
+        network_timing.add_arguments(parser)
+        return [tuple(vars(w).values()) for w in network_timing.workloads(parser.parse_args(options), small)]
+
+    assert chosen("--batch", "64") == [
+        ("torchvision/resnet50", "training", 64, 224), ("torchvision/resnet18", "training", 64, 224),
+        ("torchvision/resnet101", "training", 64, 224), ("torchvision/resnet50", "inference", 64, 224),
+    ]  # fmt: skip
+    assert chosen("--network", "cifar/resnet20", "--mode", "inference") == [
+        ("cifar/resnet20", "inference", 256, 32), ("cifar/resnet20", "inference", 64, 32)
+    ]  # fmt: skip
+    assert chosen("--image-size", "8", small=True) == [("small/cifar_resnet8", "training", 2, 8)]
+    assert network_timing.standard_workload(False) == Workload("torchvision/resnet50", "training", 256, 224)
 
 
 def test_every_shape_is_timed_once():
