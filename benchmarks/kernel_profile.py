@@ -193,7 +193,7 @@ def profile_steps(workload: Workload, ways: Sequence[str], m: Measuring) -> None
         m.console.print(f"profiling {workload}: {way}")
         try:
             m.run.add([profile_step(workload, way, STEPS, m.device)])
-        except RuntimeError as error:
+        except Exception as error:
             m.run.leave_out(f"profile of {way}, {workload}", first_line(error))
 
 

@@ -199,12 +199,12 @@ def time_networks(workloads: list[Workload], ways: Sequence[str], repetitions: i
 def _prepared(
     workload: Workload, ways: Sequence[str], device: torch.device, deadline: Deadline
 ) -> Iterator[tuple[str, Ready | str]]:
-    """Each way with its step, or why there is none."""
+    """Each way with its step, or why there is none: wrong numbers, or whatever it raises."""
     # Dynamo's limit is of compilations of one forward, whatever the network.
     torch._dynamo.reset()
     try:
         judge = Judge(workload, device)
-    except (RuntimeError, ImportError) as error:
+    except Exception as error:
         yield from ((way, f"no exact results: {first_line(error)}") for way in ways)
         return
     for way in ways:
@@ -213,7 +213,7 @@ def _prepared(
             continue
         try:
             yield way, _prepare(WAYS[way], judge, device)
-        except RuntimeError as error:
+        except Exception as error:
             yield way, first_line(error)
 
 

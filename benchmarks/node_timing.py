@@ -114,7 +114,7 @@ def _time_node(
         for v in errors:
             try:
                 calls[v] = _calls(own[v], libraries[v], phase, c)
-            except RuntimeError as error:
+            except Exception as error:
                 leave_out(v, f"{phase}: {first_line(error)}")
         samples = interleaved(calls, c.repetitions, c.device)
         least = two_phases(node.form, phase).bytes(elements, c.dtype)
@@ -126,10 +126,10 @@ def _time_node(
 
 
 def _checked(variant: Variant, p: Problem, library: object, layout: str) -> tuple[float, str | None]:
-    """(its largest error, why it cannot be timed): a missing form, memory that ran out, or wrong numbers."""
+    """(its largest error, why it cannot be timed): wrong numbers, or whatever it raises."""
     try:
         verdict = judge(variant.problem(p), variant.layout or layout, library)
-    except RuntimeError as error:
+    except Exception as error:
         return 0.0, first_line(error)
     if not verdict.passed:
         return verdict.error, f"WRONG: {verdict.worst} is off by {verdict.error:.1e}, over {verdict.limit:.1e}"

@@ -47,7 +47,7 @@ class Deadline:
 
 def first_line(error: Exception) -> str:
     """What a table has room for."""
-    return str(error).strip().partition("\n")[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def rotation(set_bytes: int, repetitions: int, device: torch.device) -> int:

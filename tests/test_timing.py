@@ -115,6 +115,9 @@ def test_what_cannot_be_had_is_left_out_with_the_reason(m, monkeypatch):
     ]
     assert {t.variant for t in measured(m, NodeTime)} == {"eager"}
     assert not m.failed
+    monkeypatch.setitem(VARIANTS, "resfused", VARIANTS["y"])
+    node_timing.time_nodes(comparison(m.device, "resfused"), m)
+    assert m.failed
 
 
 def test_a_variant_that_is_the_comparison_itself_is_not_timed_twice():
@@ -137,7 +140,9 @@ def test_after_the_deadline_nothing_begins(m, monkeypatch):
         ("norm+add+relu 8x3x3, batch 2, bfloat16 channels_last", "the 0 minutes were over"),
         ("eager, small/cifar_resnet8 training, batch 2", "the 0 minutes were over"),
     ]
+    network_timing.time_networks([WORKLOAD], ["resfused"], 1, late)
     assert measured(m, NodeTime) == []
+    assert not late.failed
 
 
 def test_variants_take_turns(device):
