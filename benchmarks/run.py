@@ -27,13 +27,14 @@ import host
 import node_timing
 import timing
 import traffic
+import tune
 from gate import run_gate
 from nodes import NETWORKS
 from problems import DTYPES, LAYOUTS
 from results import write
 from rich.console import Console
 
-COMMANDS = {"traffic": traffic, "audit": audit, "host": host, "coverage": fused_networks}
+COMMANDS = {"traffic": traffic, "audit": audit, "host": host, "coverage": fused_networks, "tune": tune}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 CHANGES = {
     "streaming.apply.contiguous[0].warps": (3, "a power of two from 1 to 32"),
     "streaming.reduce.channels_last[0].elements": (1000, "a power of two from 8"),
-    "streaming.reduce.channels_last[0].inner": (4096, "a power of two from 8 to 1024"),
+    "streaming.reduce.channels_last[0].inner": (4096, "a power of two from 8 to "),
     "streaming.reduce.channels_last[0].limit": (None, "an integer above 0"),
     "streaming.statistics.contiguous[1].limit": (2**20, "an integer above 4194304"),
     "streaming.statistics.contiguous[2].limit": (5, "null"),
@@ -58,7 +58,9 @@ def refusal(content: object, path: Path) -> str:
 def test_the_file_says_what_is_in_force() -> None:
     table = launch_file.read()
     assert launch_file.PATH == ROOT / "kernels" / "launch_table.json"
-    assert table.constants == {name: getattr(launch_table, name) for name in table.constants}
+    for name, value in table.constants.items():
+        # The environment may say otherwise of this one.
+        assert name == "ONE_LAUNCH_ELEMENTS" or getattr(launch_table, name) == value
     content = json.loads(launch_file.PATH.read_text())
     for kernel, layouts in content["streaming"].items():
         for layout, classes in layouts.items():
@@ -126,12 +128,14 @@ def test_nodes_up_to_the_limit_take_one_launch(form: str, layout: str, device: t
 def test_another_table_is_in_force_only_within() -> None:
     g = Geometry(True, 1, 1000, 64)
     before = launch_table.streaming("apply", g)
+    reversed_before = launch_table.SECOND_PHASE_REVERSED
+    assert tile_options("apply", g, torch.float32)[1]["REVERSED"] == reversed_before
     entry = Entry(64, 16, 3, 2)
     streaming = {**launch_table.STREAMING, ("apply", True): ((None, entry),)}
-    with launch_table.using(STREAMING=streaming, SECOND_PHASE_REVERSED=False):
+    with launch_table.using(STREAMING=streaming, SECOND_PHASE_REVERSED=not reversed_before):
         assert launch_table.streaming("apply", g).warps == 2
-        assert not tile_options("apply", g, torch.float32)[1]["REVERSED"]
-    assert tile_options("apply", g, torch.float32)[1]["REVERSED"]
+        assert tile_options("apply", g, torch.float32)[1]["REVERSED"] != reversed_before
+    assert tile_options("apply", g, torch.float32)[1]["REVERSED"] == reversed_before
     assert launch_table.streaming("apply", g) == before
 
 

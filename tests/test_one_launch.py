@@ -60,6 +60,7 @@ def test_values(form, layout, l2_bytes, device, small_launches, monkeypatch):
 def test_agreement_with_separate_launches(form, layout, device, monkeypatch):
     """To the rounding of differently grouped sums."""
     p = problem(form, (4, 20, 6, 6), torch.float32, device, layout=layout)
+    monkeypatch.setattr(launch_table, "ONE_LAUNCH_ELEMENTS", launch_table.NO_NODE)
     separate = run(fused, p)
     monkeypatch.setattr(launch_table, "ONE_LAUNCH_ELEMENTS", launch_table.EVERY_NODE)
     ticketed = run(fused, p)
