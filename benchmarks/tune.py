@@ -154,7 +154,8 @@ class Session:
             for step in steps
             for table in step.variants(self._search.table).values()
         }
-        if failures := compiler.compile(list(work.values()), self._seconds_left()):
+        # What is not ready by then is compiled where it is measured.
+        if failures := compiler.compile(list(work.values()), self._seconds_left() / 2):
             self._console.print(f"{len(failures)} tasks could not be compiled ahead: {failures[0]}", highlight=False)
 
     def _compare(self, step: Step, variants: dict[str, Any]) -> Comparison:
