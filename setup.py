@@ -33,7 +33,7 @@ setup(
     license_files=["LICENSE"],
     packages=["resfused", "resfused.kernels"],
     package_dir={"resfused": "resfused", "resfused.kernels": "kernels"},
-    package_data={"resfused": ["py.typed"]},
+    package_data={"resfused": ["py.typed"], "resfused.kernels": ["launch_table.json"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.8",

@@ -63,11 +63,11 @@ def measure_all(repetitions: int) -> dict[str, dict[str, tuple[float, float]]]:
     results: dict[str, dict[str, tuple[float, float]]] = {}
     for form in FORMS:
         results[form] = {EAGER: measure(form, reference, repetitions)}
-        for way in (SEPARATE, ONE_LAUNCH):
+        for way, nodes in ((SEPARATE, launch_table.NO_NODE), (ONE_LAUNCH, launch_table.EVERY_NODE)):
             # CPU tensors count as interpreted, so that they take the kernels' path.
             with (
                 patch.object(kernels, "INTERPRETED", True),
-                patch.object(launch_table, "ONE_LAUNCH", way == ONE_LAUNCH),
+                launch_table.using(ONE_LAUNCH_ELEMENTS=nodes),
                 compiling_for("sm_90"),
             ):
                 results[form][way] = measure(form, functional, repetitions)

@@ -31,10 +31,13 @@ import node_timing
 import report
 import standard
 import traffic
+import tune
 from results import ResultError, load
 from rich.console import Console
 
-COMMANDS = {"traffic": traffic, "audit": audit, "host": host, "coverage": fused_networks, "report": report}
+COMMANDS = {
+    "tune": tune, "report": report, "traffic": traffic, "audit": audit, "host": host, "coverage": fused_networks,
+}  # fmt: skip
 # Those that time something, and add to a result file.
 MEASURING = {"nodes": node_timing, "networks": network_timing, "profile": kernel_profile}
 

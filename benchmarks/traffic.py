@@ -16,7 +16,6 @@ from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import torch
 from nodes import FORMS, NETWORKS, NORM_ADD_RELU, NORM_RELU, Node
@@ -123,7 +122,8 @@ def _run_node(
     form: str, training: bool, forked: bool, way: str, layout: str, dtype: torch.dtype, shape: Shape, execute: bool
 ) -> tuple[list[Launch], list[Launch]]:
     """The launches of a node's forward and, with ``training``, of its backward."""
-    with patch.object(launch_table, "ONE_LAUNCH", way == ONE_LAUNCH), record(execute) as launches:
+    nodes = launch_table.EVERY_NODE if way == ONE_LAUNCH else launch_table.NO_NODE
+    with launch_table.using(ONE_LAUNCH_ELEMENTS=nodes), record(execute) as launches:
         outputs, inputs = _forward_pair(form, training, _activations(layout, dtype, shape, execute, 2))
         forward = launches.copy()
         launches.clear()

@@ -317,7 +317,8 @@ def backward(
     elif wanted.residual and call.residual is not None:
         dresidual = torch.empty_like(call.residual)
     parameters = _parameter_gradients(norm, residual_norm, wanted)
-    if stats is not None and any(t is not None for t in (dx, dresidual)) and launch_table.takes_one_launch(call.g):
+    waiting = stats is not None and any(t is not None for t in (dx, dresidual))
+    if waiting and launch_table.takes_one_launch("backward", call.g):
         _launch_backward(call, dz, dx, dresidual, parameters)
     else:
         _launch_phases(call, dz, dx, dresidual, parameters, frozen=stats is None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -282,7 +281,7 @@ def accumulator(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-@lru_cache(maxsize=4096)
+@launch_table.cached
 def tile_options(kernel: str, g: Geometry, acc: torch.dtype) -> tuple[tuple[int], dict[str, Any]]:
     """The grid and the compile-time arguments that every streaming kernel takes."""
     launch = launch_table.streaming(kernel, g, acc is torch.float64)
@@ -291,7 +290,7 @@ def tile_options(kernel: str, g: Geometry, acc: torch.dtype) -> tuple[tuple[int]
     return launch.grid, constants | _order_constants() if kernel in ("normalise", "apply") else constants
 
 
-@lru_cache(maxsize=4096)
+@launch_table.cached
 def one_launch_options(launch: launch_table.OneLaunch, g: Geometry, acc: torch.dtype) -> dict[str, Any]:
     """The compile-time arguments that both one-launch kernels take."""
     constants = _tile_constants(g, acc, launch.block_positions, launch.block_channels, launch.warps)
@@ -344,7 +343,7 @@ def forward(
         _launch_normalise(x, residual, y, mask, None, norm, residual_norm, g, acc)
         return y, mask, None
     stats = x.new_empty((2 if residual_norm is None else 4, g.channels), dtype=acc)
-    if launch_table.takes_one_launch(g):
+    if launch_table.takes_one_launch("forward", g):
         _launch_forward(x, residual, y, mask, stats, norm, residual_norm, g, acc)
     else:
         _launch_statistics(x, residual, stats, norm, residual_norm, g, acc)

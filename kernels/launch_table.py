@@ -1,24 +1,20 @@
-"""Block sizes, warps and grid sizes of every kernel, by layout and size. The one file to retune for a GPU."""
+"""Block sizes, warps and grid sizes of every kernel, by layout and size, from the table in ``launch_table.json``."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
+from . import launch_file
+from .launch_file import Entry as Entry
+
 if TYPE_CHECKING:
     from .geometry import Geometry
-
-
-class Entry(NamedTuple):
-    """elements: of a tile. inner: those side by side in memory. programs: at most in the grid. warps: of a program."""
-
-    elements: int
-    inner: int
-    programs: int
-    warps: int
 
 
 class Launch(NamedTuple):
@@ -42,44 +38,27 @@ class MergeLaunch(NamedTuple):
     warps: int
 
 
-# (kernel, channels_last) -> entries by the largest number of elements they serve; the last serves the rest.
-# Loads in flight set the sizes: as many elements a thread as registers allow for the programs that share a
-# multiprocessor to have 32 KiB on their way. The statistics have two tiles on theirs. Short rows fit planes that are
-# no power of two. More programs mean more partial results, which must stay small beside the tensor.
-STREAMING: dict[tuple[str, bool], tuple[tuple[int | None, Entry], ...]] = {
-    ("statistics", True): (
-        (2**22, Entry(1024, 64, 512, 4)), (2**24, Entry(1024, 64, 1176, 4)), (None, Entry(1024, 64, 2048, 4))
-    ),
-    ("statistics", False): (
-        (2**22, Entry(1024, 64, 512, 4)), (2**24, Entry(2048, 64, 1176, 4)), (None, Entry(2048, 64, 2048, 4))
-    ),
-    ("normalise", True): ((None, Entry(2048, 64, 8192, 4)),),
-    ("normalise", False): ((None, Entry(2048, 64, 8192, 4)),),
-    ("reduce", True): ((2**22, Entry(1024, 64, 512, 4)), (None, Entry(2048, 64, 1024, 4))),
-    ("reduce", False): ((2**22, Entry(1024, 64, 512, 4)), (None, Entry(2048, 64, 1024, 4))),
-    ("apply", True): ((None, Entry(2048, 64, 8192, 4)),),
-    ("apply", False): ((None, Entry(1024, 64, 8192, 4)),),
-}  # fmt: skip
-# The second phase begins with the tiles that the first ended with, and lets go of what is read for the last time.
-SECOND_PHASE_REVERSED = True
-SECOND_PHASE_EVICTS_FIRST = True
-# Whether separate launches go through a channels_last tensor block of channels by block of channels, not row by row,
-# where a block, in the precision of the arithmetic, is no larger than this. Rows, until a GPU has compared them.
-CHANNEL_MAJOR = False
+# What is tuned; ``launch_file.Table`` says what each is.
+_TUNED = launch_file.read()
+STREAMING = _TUNED.streaming
+TICKETED = _TUNED.ticketed
+SECOND_PHASE_REVERSED = _TUNED.second_phase_reversed
+SECOND_PHASE_EVICTS_FIRST = _TUNED.second_phase_evicts_first
+CHANNEL_MAJOR = _TUNED.channel_major
+# In the precision of the arithmetic, the largest block of channels for CHANNEL_MAJOR.
 CHANNEL_MAJOR_BYTES = 16 * 2**20
-# Whether a training node takes one launch a direction, ordered by tickets, or three. Three until a GPU has run the one.
-ONE_LAUNCH = os.environ.get("RESFUSED_ONE_LAUNCH", "0") == "1"
-# (kernel, channels_last) -> the tile; programs: at most in one phase of a slice.
-TICKETED: dict[tuple[str, bool], Entry] = {
-    ("forward", True): Entry(1024, 64, 512, 4),
-    ("forward", False): Entry(1024, 64, 512, 4),
-    ("backward", True): Entry(1024, 64, 512, 4),
-    ("backward", False): Entry(1024, 64, 512, 4),
-}
-# A contiguous tensor is walked by columns where it has so many images, and planes that fill their tiles worse than this
-# or are not made of whole 16 bytes in half precision.
+# Every training node takes one launch a direction, or none does.
+EVERY_NODE: dict[tuple[str, bool], int | None] = dict.fromkeys(TICKETED, None)
+NO_NODE: dict[tuple[str, bool], int | None] = dict.fromkeys(TICKETED, 0)
+_ASKED = os.environ.get("RESFUSED_ONE_LAUNCH")
+if _ASKED not in (None, "0", "1"):
+    raise ValueError(f"RESFUSED_ONE_LAUNCH must be 0 or 1, or not be set, but is {_ASKED!r}")
+ONE_LAUNCH_ELEMENTS = {None: _TUNED.one_launch_elements, "0": NO_NODE, "1": EVERY_NODE}[_ASKED]
+# A contiguous tensor is walked by columns where it has so many images, and planes that fill rows of a tile worse than
+# this or are not made of whole 16 bytes in half precision.
 COLUMNS_LEAST_IMAGES = 32
 COLUMNS_MOST_FILLED = 0.9
+COLUMNS_ROW = 64
 # Of the L2 cache, what two slices may take: one between its phases, and the next one's first.
 L2_SHARE = 0.8
 # The narrowest slice of a channels_last tensor, in bytes.
@@ -93,20 +72,50 @@ MERGE_WARPS = 8
 MERGED_ELEMENTS = 2048
 
 
-def takes_one_launch(g: Geometry) -> bool:
-    """Whether a training node is one launch a direction: not by columns, where a block of them may cut a channel."""
-    return ONE_LAUNCH and g.plane == 1
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_caches: list[Any] = []
+
+
+def cached(function: _Function) -> _Function:
+    """Remembers what a function makes of the table, until ``using`` puts another in force."""
+    _caches.append(lru_cache(maxsize=4096)(function))
+    return _caches[-1]
+
+
+@contextmanager
+def using(**constants: Any) -> Iterator[None]:
+    """Other values of this module's constants in force within it: ``**Table.constants``, or some of them by name."""
+    before = {name: globals()[name] for name in constants}
+    try:
+        _put_in_force(constants)
+        yield
+    finally:
+        _put_in_force(before)
+
+
+def _put_in_force(constants: dict[str, Any]) -> None:
+    globals().update(constants)
+    for cache in _caches:
+        cache.cache_clear()
+
+
+def takes_one_launch(direction: str, g: Geometry) -> bool:
+    """Whether a training node's "forward" or "backward" is one launch, ordered by tickets, and not three.
+
+    Never by columns, where a block of them may cut a channel.
+    """
+    most = ONE_LAUNCH_ELEMENTS[direction, g.channels_last]
+    return g.plane == 1 and (most is None or g.numel <= most)
 
 
 def walks_columns(images: int, plane: int) -> bool:
     """Whether a contiguous tensor's planes are too small to be walked one by one."""
     if images < COLUMNS_LEAST_IMAGES:
         return False
-    row = STREAMING["normalise", False][-1][1].inner
-    return plane % 8 != 0 or plane < COLUMNS_MOST_FILLED * row * -(-plane // row)
+    return plane % 8 != 0 or plane < COLUMNS_MOST_FILLED * COLUMNS_ROW * -(-plane // COLUMNS_ROW)
 
 
-@lru_cache(maxsize=4096)
+@cached
 def streaming(kernel: str, g: Geometry, wide: bool = False) -> Launch:
     """The launch of a kernel that walks whole activations of geometry ``g``; ``wide`` for arithmetic in float64."""
     size = g.numel
@@ -143,7 +152,7 @@ class OneLaunch(NamedTuple):
         return 1 + 2 * self.channel_blocks
 
 
-@lru_cache(maxsize=4096)
+@cached
 def ticketed(kernel: str, g: Geometry, reread: int, l2_bytes: int) -> OneLaunch:
     """The one launch of a direction; ``reread``: the bytes of each element that its second phase reads again."""
     entry = TICKETED[kernel, g.channels_last]
@@ -161,7 +170,7 @@ def ticketed(kernel: str, g: Geometry, reread: int, l2_bytes: int) -> OneLaunch:
     return OneLaunch(positions, channels, block_programs, channel_blocks, slice_blocks, programs, entry.warps)
 
 
-@lru_cache(maxsize=16)
+@cached
 def l2_bytes(device: torch.device) -> int:
     """The size of a device's L2 cache."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else L2_BYTES
@@ -176,7 +185,7 @@ def _tile(g: Geometry, elements: int, inner: int) -> tuple[int, int]:
     return (outer_block, inner_block) if g.channels_last else (inner_block, outer_block)
 
 
-@lru_cache(maxsize=4096)
+@cached
 def merge(programs: int, channels: int) -> MergeLaunch:
     """The launch that merges the partial results of ``programs`` programs."""
     most_programs, most_channels = MERGE

@@ -26,33 +26,32 @@ def device():
 
 
 @pytest.fixture
-def small_launches(monkeypatch):
+def small_launches():
     """Tiles and grids so small that every loop turns, every tail is ragged and every merge has parts."""
     from resfused.kernels import launch_table
-    from resfused.kernels.forward import tile_options
 
     entry = launch_table.Entry(elements=64, inner=16, programs=12, warps=1)
-    monkeypatch.setattr(launch_table, "STREAMING", dict.fromkeys(launch_table.STREAMING, ((None, entry),)))
-    monkeypatch.setattr(launch_table, "TICKETED", dict.fromkeys(launch_table.TICKETED, entry))
-    monkeypatch.setattr(launch_table, "MERGE", (2, 4))
-    monkeypatch.setattr(launch_table, "MERGED_ELEMENTS", 32)
-    monkeypatch.setattr(launch_table, "COLUMNS_LEAST_IMAGES", 4)
-    monkeypatch.setattr(launch_table, "CHANNEL_MAJOR", True)
-    cached = (launch_table.streaming, launch_table.ticketed, launch_table.merge, tile_options)
-    for function in cached:
-        function.cache_clear()
-    yield
-    for function in cached:
-        function.cache_clear()
+    small = launch_table.using(
+        STREAMING=dict.fromkeys(launch_table.STREAMING, ((None, entry),)),
+        TICKETED=dict.fromkeys(launch_table.TICKETED, entry),
+        MERGE=(2, 4),
+        MERGED_ELEMENTS=32,
+        COLUMNS_LEAST_IMAGES=4,
+        COLUMNS_ROW=16,
+        CHANNEL_MAJOR=True,
+    )
+    with small:
+        yield
 
 
 @pytest.fixture(params=["separate launches", "one launch"])
-def launches(request, monkeypatch):
+def launches(request):
     """Both ways to launch a training node."""
     from resfused.kernels import launch_table
 
-    monkeypatch.setattr(launch_table, "ONE_LAUNCH", request.param == "one launch")
-    return request.param
+    nodes = launch_table.EVERY_NODE if request.param == "one launch" else launch_table.NO_NODE
+    with launch_table.using(ONE_LAUNCH_ELEMENTS=nodes):
+        yield request.param
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,7 @@
 """The ticketed kernels: the order of their work, several slices and one, agreement with the separate launches."""
 
 from importlib import import_module
+from itertools import permutations
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_order_of_the_work(programs, slice_blocks, channel_blocks):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("l2_bytes", [0, 2**11, 2**14], ids=["one slice", "narrow slices", "wide slices"])
 def test_values(form, layout, l2_bytes, device, small_launches, monkeypatch):
-    monkeypatch.setattr(launch_table, "ONE_LAUNCH", True)
+    monkeypatch.setattr(launch_table, "ONE_LAUNCH_ELEMENTS", launch_table.EVERY_NODE)
     monkeypatch.setattr(launch_table, "l2_bytes", lambda device: l2_bytes)
     for shape, dtype in (((2, 75, 3, 5), torch.float64), ((3, 40, 4, 4), torch.float32), ((6, 1, 3, 2), torch.float64)):
         p = problem(form, shape, dtype, device, layout=layout)
@@ -59,15 +60,16 @@ def test_values(form, layout, l2_bytes, device, small_launches, monkeypatch):
 def test_agreement_with_separate_launches(form, layout, device, monkeypatch):
     """To the rounding of differently grouped sums."""
     p = problem(form, (4, 20, 6, 6), torch.float32, device, layout=layout)
+    monkeypatch.setattr(launch_table, "ONE_LAUNCH_ELEMENTS", launch_table.NO_NODE)
     separate = run(fused, p)
-    monkeypatch.setattr(launch_table, "ONE_LAUNCH", True)
+    monkeypatch.setattr(launch_table, "ONE_LAUNCH_ELEMENTS", launch_table.EVERY_NODE)
     ticketed = run(fused, p)
     assert_close(ticketed, separate, 1e-6)
 
 
 def test_one_launch_is_one_launch(device, monkeypatch):
     """Forward and backward, each one kernel."""
-    monkeypatch.setattr(launch_table, "ONE_LAUNCH", True)
+    monkeypatch.setattr(launch_table, "ONE_LAUNCH_ELEMENTS", launch_table.EVERY_NODE)
     launched = []
 
     class Spy:
@@ -103,10 +105,10 @@ def test_ways_to_launch_may_not_change_between_forward_and_backward(device, monk
     """The mask is read as it was written, small planes and all."""
     p = problem(FORMS[1], (40, 3, 7, 7), torch.float64, device)
     expected = run(reference, p, torch.float64)["gradient of residual"]
-    for first, second in ((True, False), (False, True)):
+    for first, second in permutations((launch_table.EVERY_NODE, launch_table.NO_NODE)):
         x, r = (p.tensors[name].clone().requires_grad_() for name in ("input", "residual"))
-        monkeypatch.setattr(launch_table, "ONE_LAUNCH", first)
+        monkeypatch.setattr(launch_table, "ONE_LAUNCH_ELEMENTS", first)
         y = fused.batch_norm_add_relu(x, r, None, None, p.tensors["weight"], p.tensors["bias"], True, eps=0.1)
-        monkeypatch.setattr(launch_table, "ONE_LAUNCH", second)
+        monkeypatch.setattr(launch_table, "ONE_LAUNCH_ELEMENTS", second)
         (gradient,) = torch.autograd.grad(y, r, p.dy)
         assert_close({"r": gradient}, {"r": expected}, 1e-12)
