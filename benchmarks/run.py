@@ -25,6 +25,7 @@ import audit
 import fused_networks
 import host
 import node_timing
+import science
 import timing
 import traffic
 from gate import run_gate
@@ -33,7 +34,7 @@ from problems import DTYPES, LAYOUTS
 from results import write
 from rich.console import Console
 
-COMMANDS = {"traffic": traffic, "audit": audit, "host": host, "coverage": fused_networks}
+COMMANDS = {"traffic": traffic, "audit": audit, "host": host, "coverage": fused_networks, "science": science}
 
 
 def main(arguments: list[str] | None = None) -> int:
