@@ -29,6 +29,7 @@ import measuring
 import network_timing
 import node_timing
 import report
+import science
 import standard
 import traffic
 import tune
@@ -36,7 +37,8 @@ from results import ResultError, load
 from rich.console import Console
 
 COMMANDS = {
-    "tune": tune, "report": report, "traffic": traffic, "audit": audit, "host": host, "coverage": fused_networks,
+    "tune": tune, "report": report, "science": science,
+    "traffic": traffic, "audit": audit, "host": host, "coverage": fused_networks,
 }  # fmt: skip
 # Those that time something, and add to a result file.
 MEASURING = {"nodes": node_timing, "networks": network_timing, "profile": kernel_profile}

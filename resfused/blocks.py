@@ -1,6 +1,7 @@
 """Residual blocks, each the plain PyTorch block of the same name in ``resfused.reference`` with fused tails.
 
-Arguments, attribute names and state_dict keys are the reference's; a block is replaced by changing its import.
+Arguments, attribute names and state_dict keys are the reference's; a block is replaced by changing its import. All take
+``zero_init_residual=False``, by keyword: torchvision's, the weight of the branch's last norm starts at zero.
 """
 
 from __future__ import annotations

@@ -1,6 +1,10 @@
 """Plain PyTorch of everything that the library fuses: the meaning of each function and block, and the fallback.
 
 Deep residual learning: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016.
+
+``zero_init_residual`` of the blocks is torchvision's: the weight of the branch's last norm starts at zero, so that a
+block with an identity shortcut starts as relu(x), and one with a projection as the ReLU of its shortcut; Goyal et al.,
+"Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", 2017, section 5.1.
 """
 
 from __future__ import annotations
@@ -66,12 +70,14 @@ def batch_norm_add_batch_norm_relu(
 class ResidualBlock(nn.Module):
     """relu(bn2(conv2(relu(bn1(conv1(x))))) + x), 3x3 convolutions; (N, channels, H, W) in and out."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, *, zero_init_residual: bool = False):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
+        if zero_init_residual:
+            nn.init.zeros_(self.bn2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -84,7 +90,7 @@ class ProjectionResidualBlock(nn.Module):
     (N, in_channels, H, W) in; (N, out_channels, ceil(H / stride), ceil(W / stride)) out.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 2):
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 2, *, zero_init_residual: bool = False):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
@@ -93,6 +99,8 @@ class ProjectionResidualBlock(nn.Module):
         self.shortcut = nn.Sequential(
             nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
         )
+        if zero_init_residual:
+            nn.init.zeros_(self.bn2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -108,7 +116,15 @@ class BottleneckResidualBlock(nn.Module):
 
     shortcut: nn.Sequential | None
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, bottleneck_channels: int | None = None):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        bottleneck_channels: int | None = None,
+        *,
+        zero_init_residual: bool = False,
+    ):
         super().__init__()
         width = max(out_channels // 4, 1) if bottleneck_channels is None else bottleneck_channels
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
@@ -123,6 +139,8 @@ class BottleneckResidualBlock(nn.Module):
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
             )
+        if zero_init_residual:
+            nn.init.zeros_(self.bn3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -139,7 +157,14 @@ class LinearResidualBlock(nn.Module):
 
     shortcut: nn.Linear | None
 
-    def __init__(self, in_features: int, out_features: int | None = None, hidden_features: int | None = None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        hidden_features: int | None = None,
+        *,
+        zero_init_residual: bool = False,
+    ):
         super().__init__()
         out_features = in_features if out_features is None else out_features
         hidden_features = out_features if hidden_features is None else hidden_features
@@ -148,6 +173,8 @@ class LinearResidualBlock(nn.Module):
         self.fc2 = nn.Linear(hidden_features, out_features, bias=False)
         self.bn2 = nn.BatchNorm1d(out_features)
         self.shortcut = None if in_features == out_features else nn.Linear(in_features, out_features, bias=False)
+        if zero_init_residual:
+            nn.init.zeros_(self.bn2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.fc1(x)))

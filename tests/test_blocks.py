@@ -88,6 +88,32 @@ def test_state_dict_keys_are_the_classic_ones():
     assert list(resfused.ProjectionResidualBlock(3, 4).state_dict()) == main + shortcut
 
 
+@pytest.mark.parametrize("library", [resfused, reference], ids=["fused", "reference"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_zero_init_residual(name, library, device):
+    """The branch adds nothing at the start, in training and in eval; its convolutions are as random as ever."""
+    arguments, shape = BLOCKS[name]
+    block = getattr(library, name.partition(",")[0])(*arguments, zero_init_residual=True).to(device, torch.float64)
+    usual = getattr(library, name.partition(",")[0])(*arguments)
+    assert block.state_dict().keys() == usual.state_dict().keys()
+    zeros = [key for key, parameter in block.named_parameters() if key.endswith("weight") and not parameter.any()]
+    assert zeros == ["bn3.weight" if name.startswith("Bottleneck") else "bn2.weight"]
+    assert all(p.any() for key, p in usual.named_parameters() if key.endswith("weight"))
+    shortcut = copy.deepcopy(block).shortcut if getattr(block, "shortcut", None) is not None else torch.nn.Identity()
+    x = torch.randn(shape, dtype=torch.float64, device=device)
+    for mode in (True, False):
+        expected = torch.relu(shortcut.train(mode)(x))
+        y = block.train(mode)(x)
+        # A shortcut without a norm is copied to the bit; a norm in the kernels rounds in its own order.
+        exact = not isinstance(shortcut, torch.nn.Sequential)
+        assert torch.equal(y, expected) if exact else relative_error(y, expected) < 1e-12
+
+
+def test_zero_init_residual_is_by_keyword():
+    with pytest.raises(TypeError, match="positional"):
+        resfused.ResidualBlock(4, True)
+
+
 def test_copies(device):
     block = resfused.ProjectionResidualBlock(3, 4).to(device).eval()
     x = torch.randn(2, 3, 4, 4, device=device)

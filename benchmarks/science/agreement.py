@@ -1,0 +1,153 @@
+"""Whole trainings of one network with reference blocks and with fused ones: do they go the same way?
+
+Training is chaotic: two runs that differ in a rounding drift apart step by step. What a fused run may differ by is
+therefore what runs of the reference differ by among themselves when only the order of summation changes: the images
+of each batch are shuffled, which changes no sum but its order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, combinations
+
+import torch
+from images import Images
+from torch import nn
+
+import resfused
+from science.records import Content, rounded
+from science.session import INTERPRETED, KERNELS, Session, Source, placed
+from science.training import Curve, Recipe, as_it_is, reordered, train
+
+Make = Callable[[Images], nn.Module]
+
+# Runs of the reference with shuffled batches, beside the one in the order that the fused run takes.
+SHUFFLED_RUNS = 4
+DTYPES = (torch.float64, torch.float32)
+# A whole training that Triton's interpreter gets through.
+QUICK = Recipe(1, 8, 0.1, warm_up=4, steps=24)
+TINY = replace(QUICK, batch_size=2, steps=2)
+# Of the reference's own spread. In float64, where few runs give the spread of what are a few roundings, twice as much.
+FACTOR = {"float64": 2.0, "float32": 1.0}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``reference`` and ``fused`` make the same network, always with the same weights."""
+
+    network: str
+    reference: Make
+    fused: Make
+    recipe: Recipe
+    source: Source
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One training's losses, of the fused network and of the reference in several orders of summation.
+
+    ``reference[0]`` has taken the batches as ``fused`` has. ``kernels``: a GPU's, or interpreted ones, whose time says
+    nothing about their speed.
+    """
+
+    network: str
+    dtype: str
+    batch_size: int
+    kernels: str
+    reference: list[list[float]]
+    fused: list[float]
+    reference_ms: float
+    fused_ms: float
+
+    @property
+    def difference(self) -> list[float]:
+        """|fused - reference[0]|: the largest up to each step."""
+        return _largest_so_far([abs(a - b) for a, b in zip(self.fused, self.reference[0], strict=True)])
+
+    @property
+    def spread(self) -> list[float]:
+        """The largest difference of any two reference runs up to each step."""
+        pairs = list(combinations(self.reference, 2))
+        return _largest_so_far(
+            [max(abs(a[step] - b[step]) for a, b in pairs) for step in range(len(self.reference[0]))]
+        )
+
+    @property
+    def allowed(self) -> float:
+        """What the fused run may have differed by: ``FACTOR`` spreads, and the last bit of the loss itself."""
+        last_bit = torch.finfo(getattr(torch, self.dtype)).eps * max(map(abs, self.reference[0]))
+        return FACTOR[self.dtype] * self.spread[-1] + last_bit
+
+    @property
+    def within(self) -> bool:
+        """Over the whole training."""
+        return self.difference[-1] <= self.allowed
+
+
+def comparisons(networks: Mapping[str, tuple[Make, ...]], recipe: Recipe, session: Session) -> list[Comparison]:
+    """Of networks by name, (reference, fused), in both precisions."""
+    return [
+        Comparison(name, reference, fused, recipe, session.source, session.device, dtype)
+        for dtype in DTYPES
+        for name, (reference, fused) in networks.items()
+    ]
+
+
+def compare(c: Comparison) -> Agreement:
+    """Trains the reference several times and the fused network once, from the same weights, on seed 0's images."""
+    images = c.source.load(0)
+
+    def reference(shuffle: int) -> Curve:
+        network = placed(c.reference(images), c.device, c.dtype)
+        return train(network, images, c.recipe, c.device, c.dtype, reordered(shuffle) if shuffle else as_it_is)
+
+    references = [reference(shuffle) for shuffle in range(1 + SHUFFLED_RUNS)]
+    network = c.fused(images)
+    network.load_state_dict(c.reference(images).state_dict())
+    with resfused.use_backend("triton"):
+        curve = train(placed(network, c.device, c.dtype), images, c.recipe, c.device, c.dtype)
+    return Agreement(
+        c.network,
+        str(c.dtype).removeprefix("torch."),
+        c.recipe.batch_size,
+        KERNELS if c.device.type == "cuda" else INTERPRETED,
+        [each.losses for each in references],
+        curve.losses,
+        references[0].milliseconds_per_step,
+        curve.milliseconds_per_step,
+    )
+
+
+def _largest_so_far(values: list[float]) -> list[float]:
+    return list(accumulate(values, max))
+
+
+def as_record(a: Agreement) -> Content:
+    """Everything raw, with what follows from it, for a result file."""
+    derived = {"difference": rounded(a.difference, 3), "spread": rounded(a.spread, 3)}
+    return {**asdict(a), **derived, "allowed": a.allowed, "within": a.within}
+
+
+HEADINGS = ("network", "precision", "steps", "fused - reference", "reference - reference", "allowed",
+            "ms a step, fused / reference", "")  # fmt: skip
+
+
+def summary(records: list[Content]) -> list[list[str]]:
+    """Rows of the table: the largest differences of the loss over the whole training."""
+    return [
+        [
+            f"{a['network']}, batches of {a['batch_size']}", a["dtype"], str(len(a["fused"])),
+            f"{a['difference'][-1]:.1e}", f"{a['spread'][-1]:.1e}", f"{a['allowed']:.1e}",
+            f"{a['fused_ms']:.1f} / {a['reference_ms']:.1f}",
+            "within" if a["within"] else "OUTSIDE",
+        ]
+        for a in records
+    ]  # fmt: skip
+
+
+def caption(records: list[Content]) -> str:
+    note = "" if records[0]["kernels"] == KERNELS else ": the interpreter's time says nothing about a GPU's"
+    return f"Fused runs on the {records[0]['kernels']}{note}. Differences of a loss, the largest of all steps."

@@ -1,0 +1,44 @@
+"""The tables of the page that tells the story, written from the result files between its markers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from science import agreement, records
+from science.records import Content
+
+PAGE = Path(__file__).parent / "README.md"
+
+
+def write(experiments: Mapping[str, Any], folder: Path, path: Path = PAGE) -> Path:
+    """Of every experiment, a module by its name, whose result file lies in ``folder``; the others' tables stay."""
+    text = path.read_text()
+    for name, experiment in experiments.items():
+        if (folder / f"{name}.json").exists():
+            content = records.read(folder, name)
+            table = markdown(experiment.HEADINGS, experiment.summary(content))
+            text = between(text, name, table + "\n\n" + _agreement(content))
+    path.write_text(text)
+    return path
+
+
+def between(text: str, name: str, table: str) -> str:
+    """``text`` with ``table`` between the markers of ``name``. Raises: ValueError where it has no such markers."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        raise ValueError(f"the page must have one pair of markers {begin} and {end}")
+    return pattern.sub(lambda _: f"{begin}\n{table}\n{end}", text)
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _agreement(content: Content) -> str:
+    found = content["agreements"]
+    return markdown(agreement.HEADINGS, agreement.summary(found)) + f"\n\n{agreement.caption(found)}"

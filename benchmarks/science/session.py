@@ -1,0 +1,125 @@
+"""What the four experiments are given: images, seeds, a device, a size; and how their trainings are run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from images import Images, load_images
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+import resfused
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Network = TypeVar("Network", bound=nn.Module)
+
+SHORT, DEFAULT, FULL = SIZES = ("short", "default", "full")
+PLAIN_OPERATORS, KERNELS, INTERPRETED = "plain operators", "kernels", "kernels, interpreted"
+
+
+@dataclass(frozen=True)
+class Source:
+    """``DIGITS``, or a folder and the size its images are cut to."""
+
+    data: str
+    image_size: int
+
+    def load(self, seed: int) -> Images:
+        """Training images without augmentation: the training error is that of the same images in every epoch.
+
+        Raises: DataError where the images cannot be had.
+        """
+        images = load_images(self.data, self.image_size, None, seed)
+        images.training.transform = getattr(images.validation, "transform", _as_it_is)
+        return images
+
+
+@dataclass(frozen=True)
+class Session:
+    """``seeds`` is None where each experiment takes its own number; ``processes``: trainings at a time on a CPU."""
+
+    source: Source
+    size: str
+    seeds: int | None
+    processes: int
+    device: torch.device
+    console: Console
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def kernels(self) -> str:
+        """What fused blocks run on where their equality with the reference is shown."""
+        return KERNELS if self.on_gpu else INTERPRETED
+
+    def seeds_or(self, number: int) -> list[int]:
+        return list(range(self.seeds or number))
+
+    def run(self, work: Callable[[Job], Result], jobs: Sequence[Job], what: str) -> list[Result]:
+        """``work`` of every job, in order; on a CPU several processes take them, the first jobs first."""
+        with Progress(console=self.console) as progress:
+            task = progress.add_task(what, total=len(jobs))
+            if self.on_gpu or min(self.processes, len(jobs)) == 1:
+                found = []
+                for job in jobs:
+                    found.append(work(job))
+                    progress.advance(task)
+                return found
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(self.processes, context, _one_thread) as pool:
+                futures = [pool.submit(work, job) for job in jobs]
+                for _ in as_completed(futures):
+                    progress.advance(task)
+            return [future.result() for future in futures]
+
+
+def long_runs_on() -> str:
+    """What fused blocks run on in trainings that are too long for Triton's interpreter."""
+    return KERNELS if torch.cuda.is_available() else PLAIN_OPERATORS
+
+
+@contextmanager
+def long_run() -> Iterator[torch.device]:
+    """The device of such a training, and the backend for its fused blocks."""
+    on_gpu = torch.cuda.is_available()
+    with resfused.use_backend("triton" if on_gpu else "torch"):
+        yield torch.device("cuda" if on_gpu else "cpu")
+
+
+def placed(network: Network, device: torch.device, dtype: torch.dtype) -> Network:
+    """In channels_last, which takes the fewest programs of the kernels."""
+    return network.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Of PyTorch's on the CPU: networks this small gain nothing from more."""
+    before = torch.get_num_threads()
+    _one_thread()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def default_processes() -> int:
+    return min(2, os.cpu_count() or 1)
+
+
+def _as_it_is(image: Tensor) -> Tensor:
+    return image
+
+
+def _one_thread(*_: Any) -> None:
+    torch.set_num_threads(1)
