@@ -32,12 +32,12 @@ import report
 import science
 import standard
 import traffic
-import tune
+import tuning
 from results import ResultError, load
 from rich.console import Console
 
 COMMANDS = {
-    "tune": tune, "report": report, "science": science,
+    "tune": tuning, "report": report, "science": science,
     "traffic": traffic, "audit": audit, "host": host, "coverage": fused_networks,
 }  # fmt: skip
 # Those that time something, and add to a result file.

@@ -8,6 +8,7 @@ timed and not the host that launches.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from statistics import median
 from time import monotonic, perf_counter
 
@@ -62,9 +63,11 @@ def interleaved(
     """Milliseconds of every repetition; the first ones of each variant warm up and are dropped."""
     timed: dict[str, list[Callable[[], float]]] = {variant: [] for variant in calls}
     untimed = warm_ups(device)
+    turns = count()
     for repetition in range(untimed + repetitions):
         for variant, rotated in calls.items():
-            elapsed = _timed(rotated[repetition % len(rotated)], device)
+            # Every call takes the next set, whatever its variant: none finds what the one before has left in the cache.
+            elapsed = _timed(rotated[next(turns) % len(rotated)], device)
             if repetition >= untimed:
                 timed[variant].append(elapsed)
     if device.type == "cuda":

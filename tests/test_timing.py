@@ -147,9 +147,9 @@ def test_after_the_deadline_nothing_begins(m, monkeypatch):
 
 def test_variants_take_turns(device):
     order = []
-    calls = {name: [lambda name=name, i=i: order.append(f"{name}{i}") for i in range(2)] for name in "ab"}
+    calls = {name: [lambda name=name, i=i: order.append(f"{name}{i}") for i in range(3)] for name in "ab"}
     samples = interleaved(calls, 3, torch.device("cpu"))
-    assert order == ["a0", "b0", "a1", "b1", "a0", "b0", "a1", "b1"]
+    assert order == ["a0", "b1", "a2", "b0", "a1", "b2", "a0", "b1"]
     assert {name: len(s) for name, s in samples.items()} == {"a": 3, "b": 3}
     assert rotation(2**27, 30, torch.device("cuda")) == 4
     assert rotation(2**40, 30, torch.device("cuda")) == 1

@@ -9,24 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ahead
 import audit
-import directions
 import numpy as np
 import pytest
 import run as benchmarks
 import timing
 import torch
-import tune
-from directions import Case, Measured
+import tuning
 from nodes import FORMS, Node, resnet50_nodes
 from oracle import TOLERANCE, assert_close, problem
 from oracle import run as run_node
 from resfused.kernels import launch_file, launch_table
 from resfused.kernels.launch_file import Entry, Table
-from search import AGAIN, PRESENT, Comparison, OutOfTimeError, PresentFailsError, Search, compare_cases
 from triton.runtime.errors import OutOfResources
-from tuning_plan import DIRECTIONS, PARTS, cases_of, plan
+from tuning import ahead, directions
+from tuning.directions import Case, Measured
+from tuning.plan import DIRECTIONS, PARTS, cases_of, plan
+from tuning.search import AGAIN, PRESENT, Comparison, OutOfTimeError, PresentFailsError, Search, compare_cases
 
 import resfused.functional as fused
 from resfused import kernels, reference
@@ -223,7 +222,7 @@ def test_wrong_and_impossible_candidates_have_no_times(device: torch.device, mon
         return (y * 1.05 if launch_table.CHANNEL_MAJOR else y), mask, stats
 
     monkeypatch.setattr(kernels, "forward", broken)
-    monkeypatch.setattr(timing, "WARM_UP", 0)
+    monkeypatch.setattr(timing, "warm_ups", lambda device: 0)
     case = Case("forward", Node(FORMS[0], 4, 3, 3, 1), 2, "float32", "contiguous")
     measured = directions.measure(case, variants, 2, device)
     assert list(measured.medians) == ["present"]
@@ -234,7 +233,7 @@ def test_wrong_and_impossible_candidates_have_no_times(device: torch.device, mon
 
 def test_no_call_meets_what_the_one_before_has_left(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "rotation", lambda size, calls, device: 5)
-    monkeypatch.setattr(timing, "WARM_UP", 1)
+    monkeypatch.setattr(timing, "warm_ups", lambda device: 1)
     used: list[int] = []
     monkeypatch.setattr(directions, "_faults", lambda *args: {})
     monkeypatch.setattr(directions.Direction, "run", lambda self: used.append(id(self)))
@@ -250,7 +249,7 @@ def test_launches_are_compiled_ahead(tmp_path: Path) -> None:
     case = Case("forward", Node(FORMS[0], 64, 8, 8, 1), 2, "bfloat16", "channels_last")
     with audit.compiler_environment(), pytest.MonkeyPatch.context() as m:
         m.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        m.setenv("PYTHONPATH", str(Path(tune.__file__).parent), prepend=":")
+        m.setenv("PYTHONPATH", str(Path(tuning.__file__).parent.parent), prepend=":")
         with ahead.compiler("sm_90", 2**20) as compiler:
             assert compiler.compile([([case], other)], 300) == []
             (failure,) = compiler.compile([([replace(case, dtype="int8")], other)], 300)
@@ -269,7 +268,7 @@ def command(*arguments: str) -> int:
 def small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command searches from ``START``, warms nothing up, and prints whole tables."""
     monkeypatch.setenv("COLUMNS", "170")
-    monkeypatch.setattr(timing, "WARM_UP", 0)
+    monkeypatch.setattr(timing, "warm_ups", lambda device: 0)
     read = launch_file.read
     monkeypatch.setattr(launch_file, "read", lambda path=None: START if path is None else read(path))
 
@@ -280,7 +279,7 @@ def test_without_a_gpu_the_kernels_own_table_is_safe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Were one of these let through, it would end here, before anything is written.
-    monkeypatch.setattr(tune, "Session", None)
+    monkeypatch.setattr(tuning, "Session", None)
     before = launch_file.PATH.read_bytes()
     record = ["--record", str(tmp_path / "record.json")]
     assert command(*record) == 1
@@ -329,7 +328,7 @@ def test_what_is_found_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """Both layouts and every part, on invented times; the kernels agree with float64 under the table that comes out."""
-    monkeypatch.setattr(tune, "measure", lambda case, variants, *rest: measure_invented(case, variants))
+    monkeypatch.setattr(tuning, "measure", lambda case, variants, *rest: measure_invented(case, variants))
     output, record = tmp_path / "table.json", tmp_path / "record.json"
     paths = ["--output", str(output), "--record", str(record)]
     assert command("--short", *paths) == 0

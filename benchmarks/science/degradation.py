@@ -23,7 +23,7 @@ from torch import nn
 import resfused
 from science import figures
 from science.agreement import QUICK, TINY, Comparison, as_record, compare, comparisons
-from science.passes import count_passes
+from science.network_passes import count_passes
 from science.records import Content, rounded
 from science.session import DEFAULT, FULL, SHORT, Session, Source, long_run, long_runs_on
 from science.training import Curve, Recipe, train

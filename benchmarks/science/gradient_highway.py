@@ -27,7 +27,7 @@ from resfused import reference
 from science import figures
 from science.agreement import QUICK, TINY, Comparison, as_record, compare, comparisons
 from science.gradients import Profile, profile
-from science.passes import count_passes
+from science.network_passes import count_passes
 from science.records import Content, rounded
 from science.session import DEFAULT, FULL, SHORT, Session, Source, long_run, long_runs_on, placed
 from science.training import Recipe, first_batch, train

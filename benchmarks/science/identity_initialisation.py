@@ -24,7 +24,7 @@ import resfused
 from resfused import reference
 from science import figures
 from science.agreement import QUICK, TINY, Comparison, as_record, compare, comparisons
-from science.passes import count_passes
+from science.network_passes import count_passes
 from science.records import Content, rounded
 from science.session import DEFAULT, FULL, SHORT, Session, Source, placed
 from science.training import Recipe, first_batch

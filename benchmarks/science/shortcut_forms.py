@@ -25,7 +25,7 @@ from resfused import reference
 from resfused.norms import forked_tail
 from science import figures
 from science.agreement import QUICK, Comparison, as_record, compare, comparisons
-from science.passes import count_passes
+from science.network_passes import count_passes
 from science.records import Content, rounded
 from science.session import DEFAULT, FULL, SHORT, Session, Source, long_run, long_runs_on
 from science.training import Curve, Recipe, accuracy, train

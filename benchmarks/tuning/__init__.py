@@ -17,21 +17,21 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import ahead
 import torch
-from directions import Case, measure
 from environment import environment
 from nodes import resnet50_nodes
-from places import NUMBERS, ONE_LAUNCH, OneLaunchLimit, Switch
 from problems import DTYPES, LAYOUTS
 from resfused.kernels import launch_file, launch_table
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from search import Comparison, PresentFailsError, Search, Step, Taken, compare_cases
-from tuning_plan import DIRECTIONS, PARTS, SHORT_NODES, TILES, cases_of, plan
 
 from resfused.backend import require_kernels
+from tuning import ahead
+from tuning.directions import Case, measure
+from tuning.places import NUMBERS, ONE_LAUNCH, OneLaunchLimit, Switch
+from tuning.plan import DIRECTIONS, PARTS, SHORT_NODES, TILES, cases_of, plan
+from tuning.search import Comparison, PresentFailsError, Search, Step, Taken, compare_cases
 
 RECORD = Path("results/tune.json")
 MEANINGLESS = "times of Triton's interpreter on a CPU, which mean nothing"

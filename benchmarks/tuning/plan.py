@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from directions import Case
 from nodes import FORMS, Node
-from places import NUMBERS, SWITCHES, Number, OneLaunchLimit, Switch
 from resfused.kernels import launch_file
-from search import Step
+
+from tuning.directions import Case
+from tuning.places import NUMBERS, SWITCHES, Number, OneLaunchLimit, Switch
+from tuning.search import Step
 
 PARTS = TILES, ONE_LAUNCH, ORDER = ("tiles", "one-launch", "order")
 DIRECTIONS = {"forward": ("normalise", "statistics"), "backward": ("reduce", "apply")}

@@ -149,17 +149,12 @@ class Measured:
 def measure(case: Case, variants: dict[str, Any], repetitions: int, device: torch.device) -> Measured:
     """Every variant, a table by name, in turn on the same tensors, those that pass the comparison with float64."""
     torch.manual_seed(0)
-    calls_each = timing.WARM_UP + repetitions
     first = case.tensors(device)
     dropped = _faults(first, variants, DTYPES[case.dtype])
     timed = {name: table for name, table in variants.items() if name not in dropped}
-    needed = timing.rotation(case.set_bytes, calls_each * max(1, len(timed)), device)
+    needed = timing.rotation(case.set_bytes, repetitions * max(1, len(timed)), device)
     sets = [first, *(case.tensors(device) for _ in range(needed - 1))]
-    # Every call takes the next set, whatever its variant: none finds what the one before it has left in the cache.
-    calls = {
-        name: [_under(table, sets[(turn * len(timed) + place) % needed]) for turn in range(calls_each)]
-        for place, (name, table) in enumerate(timed.items())
-    }
+    calls = {name: [_under(table, each) for each in sets] for name, table in timed.items()}
     samples = timing.interleaved(calls, repetitions, device)
     return Measured({name: median(each) for name, each in samples.items()}, dropped)
 

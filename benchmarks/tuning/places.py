@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from directions import Case
 from resfused.kernels.launch_file import LAYOUTS, Entry
-from search import Comparison, Step
+
+from tuning.directions import Case
+from tuning.search import Comparison, Step
 
 NUMBERS = ("elements", "warps", "inner", "programs")
 VALUES: dict[str, tuple[int, ...]] = {

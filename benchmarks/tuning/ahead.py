@@ -12,9 +12,10 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from directions import Case
 from offline import compiling_for
 from resfused.kernels import launch_table
+
+from tuning.directions import Case
 
 # The process that measures and its driver keep these to themselves.
 SPARE_CORES = 2
