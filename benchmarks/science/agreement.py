@@ -17,13 +17,14 @@ from torch import nn
 
 import resfused
 from science.records import Content, rounded
-from science.session import INTERPRETED, KERNELS, Session, Source, placed
+from science.session import INTERPRETED, KERNELS, SHORT, Session, Source, placed
 from science.training import Curve, Recipe, as_it_is, reordered, train
 
 Make = Callable[[Images], nn.Module]
 
-# Runs of the reference with shuffled batches, beside the one in the order that the fused run takes.
-SHUFFLED_RUNS = 4
+# Runs of the reference with shuffled batches, beside the one in the order that the fused run takes; and where a
+# training is long.
+SHUFFLED_RUNS, SHUFFLED_LONG_RUNS = 16, 4
 DTYPES = (torch.float64, torch.float32)
 # A whole training that Triton's interpreter gets through.
 QUICK = Recipe(1, 8, 0.1, warm_up=4, steps=24)
@@ -88,10 +89,10 @@ class Agreement:
 
 
 def comparisons(networks: Mapping[str, tuple[Make, ...]], recipe: Recipe, session: Session) -> list[Comparison]:
-    """Of networks by name, (reference, fused), in both precisions."""
+    """Of networks by name, (reference, fused), in both precisions; a short session has one."""
     return [
         Comparison(name, reference, fused, recipe, session.source, session.device, dtype)
-        for dtype in DTYPES
+        for dtype in (DTYPES[:1] if session.size == SHORT else DTYPES)
         for name, (reference, fused) in networks.items()
     ]
 
@@ -104,7 +105,8 @@ def compare(c: Comparison) -> Agreement:
         network = placed(c.reference(images), c.device, c.dtype)
         return train(network, images, c.recipe, c.device, c.dtype, reordered(shuffle) if shuffle else as_it_is)
 
-    references = [reference(shuffle) for shuffle in range(1 + SHUFFLED_RUNS)]
+    shuffled = SHUFFLED_LONG_RUNS if c.recipe.steps is None else SHUFFLED_RUNS
+    references = [reference(shuffle) for shuffle in range(1 + shuffled)]
     network = c.fused(images)
     network.load_state_dict(c.reference(images).state_dict())
     with resfused.use_backend("triton"):

@@ -23,6 +23,7 @@ from torch import nn
 import resfused
 from science import figures
 from science.agreement import QUICK, TINY, Comparison, as_record, compare, comparisons
+from science.libraries import FUSED, REFERENCE
 from science.passes import count_passes
 from science.records import Content, rounded
 from science.session import DEFAULT, FULL, SHORT, Session, Source, long_run, long_runs_on
@@ -30,7 +31,7 @@ from science.training import Curve, Recipe, train
 
 NAME = "degradation"
 KINDS = PLAIN, RESIDUAL = ("plain", "residual")
-REFERENCE, FUSED = VARIANTS = ("reference", "fused")
+VARIANTS = (REFERENCE, FUSED)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Settings:
 
 SETTINGS = {
     SHORT: Settings((8, 14), (8, 8, 8), Recipe(1, 128, 0.1, steps=4), 2, TINY),
-    DEFAULT: Settings((20, 56), (8, 16, 32), Recipe(20, 64, 0.1), 3, QUICK),
+    DEFAULT: Settings((20, 56), (8, 16, 32), Recipe(30, 64, 0.1), 3, QUICK),
     FULL: Settings((20, 56), (16, 32, 64), Recipe(160, 128, 0.1), 5, replace(QUICK, steps=40)),
 }
 

@@ -12,7 +12,6 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import geometric_mean
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,10 +22,10 @@ from rich.table import Table
 from torch import nn
 
 import resfused
-from resfused import reference
 from science import figures
 from science.agreement import QUICK, TINY, Comparison, as_record, compare, comparisons
 from science.gradients import Profile, profile
+from science.libraries import FUSED, LIBRARIES, REFERENCE
 from science.passes import count_passes
 from science.records import Content, rounded
 from science.session import DEFAULT, FULL, SHORT, Session, Source, long_run, long_runs_on, placed
@@ -83,14 +82,12 @@ class KernelJob:
     device: torch.device
 
 
-def build(
-    kind: str, depth: int, widths: tuple[int, ...], seed: int, blocks: ModuleType, images: Images
-) -> nn.Sequential:
-    """Residual networks of ``blocks``, ``resfused`` or ``resfused.reference``; a seed's weights are always the same."""
+def build(kind: str, depth: int, widths: tuple[int, ...], seed: int, library: str, images: Images) -> nn.Sequential:
+    """Residual networks of the blocks of ``library``; a seed's weights are always the same."""
     torch.manual_seed(seed)
     if kind == PLAIN:
         return cifar_plain(depth, images.classes, images.channels, widths=widths)
-    return cifar_resnet(depth, images.classes, images.channels, widths=widths, blocks=blocks)
+    return cifar_resnet(depth, images.classes, images.channels, widths=widths, blocks=LIBRARIES[library])
 
 
 def measure_one(job: Job) -> dict[str, Profile]:
@@ -98,7 +95,7 @@ def measure_one(job: Job) -> dict[str, Profile]:
     s = job.settings
     images = job.source.load(job.seed)
     with long_run() as device:
-        network = build(job.kind, job.depth, s.widths, job.seed, resfused, images).to(device)
+        network = build(job.kind, job.depth, s.widths, job.seed, FUSED, images).to(device)
         x, labels = first_batch(images, s.measured, device, torch.float64)
         before = profile(copy.deepcopy(network).double(), x, labels)
         train(network, images, s.recipe, device, torch.float32)
@@ -111,8 +108,8 @@ def compare_gradients(job: KernelJob) -> float:
     images = job.source.load(0)
     x, labels = first_batch(images, s.kernel_images, job.device, torch.float64)
     found = []
-    for blocks in (resfused, reference):
-        network = placed(build(RESIDUAL, job.depth, s.widths, 0, blocks, images), job.device, torch.float64)
+    for library in (FUSED, REFERENCE):
+        network = placed(build(RESIDUAL, job.depth, s.widths, 0, library, images), job.device, torch.float64)
         with resfused.use_backend("triton"):
             found.append(asdict(profile(network, x, labels)))
     fused, exact = found
@@ -131,7 +128,7 @@ def measure(session: Session) -> Content:
     differences = session.run(compare_gradients, kernel_jobs[::-1], "Gradients through the kernels")[::-1]
     agreements = session.run(compare, _comparisons(settings, session), "Fused against reference, step by step")
     images = session.source.load(0)
-    network = build(RESIDUAL, settings.depths[0], settings.widths, 0, reference, images)
+    network = build(RESIDUAL, settings.depths[0], settings.widths, 0, REFERENCE, images)
     return {
         "settings": {**asdict(settings), "seeds": seeds, "data": session.source.data},
         "fused_curves_on": long_runs_on(),
@@ -154,7 +151,7 @@ def _comparisons(settings: Settings, session: Session) -> list[Comparison]:
         depth, widths, recipe = settings.depths[0], settings.widths, settings.recipe
     networks = {
         f"residual-{depth}": tuple(
-            partial(build, RESIDUAL, depth, widths, 0, blocks) for blocks in (reference, resfused)
+            partial(build, RESIDUAL, depth, widths, 0, library) for library in (REFERENCE, FUSED)
         )
     }
     return comparisons(networks, recipe, session)

@@ -24,6 +24,7 @@ import resfused
 from resfused import reference
 from science import figures
 from science.agreement import QUICK, TINY, Comparison, as_record, compare, comparisons
+from science.libraries import LIBRARIES
 from science.passes import count_passes
 from science.records import Content, rounded
 from science.session import DEFAULT, FULL, SHORT, Session, Source, placed
@@ -31,7 +32,6 @@ from science.training import Recipe, first_batch
 
 NAME = "identity_initialisation"
 ZERO_INIT = "zero_init_residual"
-LIBRARIES = {"reference": reference, "fused": resfused}
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ def measure_one(job: Job) -> Deviation:
         return deviations(stack, x, s.apart)
 
 
-def build(depth: int, widths: tuple[int, ...], blocks: ModuleType, images: Images) -> nn.Module:
+def build(depth: int, widths: tuple[int, ...], library: str, images: Images) -> nn.Module:
     torch.manual_seed(0)
     return cifar_resnet(
-        depth, images.classes, images.channels, widths=widths, blocks=blocks, zero_init_residual=True
+        depth, images.classes, images.channels, widths=widths, blocks=LIBRARIES[library], zero_init_residual=True
     )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def _comparisons(settings: Settings, session: Session) -> list[Comparison]:
     depth, widths, recipe = settings.agreement_depth, settings.agreement_widths, settings.agreement_recipe
     if session.on_gpu:
         depth, widths, recipe = 20, settings.widths, settings.recipe
-    networks = {f"{ZERO_INIT}-{depth}": tuple(partial(build, depth, widths, blocks) for blocks in LIBRARIES.values())}
+    networks = {f"{ZERO_INIT}-{depth}": tuple(partial(build, depth, widths, library) for library in LIBRARIES)}
     return comparisons(networks, recipe, session)
 
 

@@ -11,7 +11,6 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from types import ModuleType
 from typing import cast
 
 import torch
@@ -21,10 +20,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import resfused
-from resfused import reference
 from resfused.norms import forked_tail
 from science import figures
 from science.agreement import QUICK, Comparison, as_record, compare, comparisons
+from science.libraries import FUSED, LIBRARIES, REFERENCE
 from science.passes import count_passes
 from science.records import Content, rounded
 from science.session import DEFAULT, FULL, SHORT, Session, Source, long_run, long_runs_on
@@ -32,7 +31,6 @@ from science.training import Curve, Recipe, accuracy, train
 
 NAME = "shortcut_forms"
 IDENTITY, LINEAR, PROJECTION = FORMS = ("identity", "linear projection", "projection with norm")
-LIBRARIES = {"reference": reference, "fused": resfused}
 # Of a block's activations, by the projection itself: forward x in, s out; backward ds twice, x, dx. Each operator is
 # taken to read its inputs once and to write its output once, as in traffic.eager_passes.
 PROJECTION_PASSES = 6
@@ -82,21 +80,21 @@ class NormedProjectionBlock(resfused.LinearResidualBlock):
         return forked_tail(self.bn2, self.fc2(out), projection(shortcut), norm, forked)
 
 
-def block_of(form: str, features: int, library: ModuleType) -> nn.Module:
-    """(N, features) in and out; of ``resfused.reference`` or ``resfused``."""
-    fused_projection = form == PROJECTION and library is resfused
-    block: nn.Module = (NormedProjectionBlock if fused_projection else library.LinearResidualBlock)(features)
+def block_of(form: str, features: int, library: str) -> nn.Module:
+    """(N, features) in and out; the block of ``library``."""
+    fused_projection = form == PROJECTION and library == FUSED
+    block: nn.Module = (NormedProjectionBlock if fused_projection else LIBRARIES[library].LinearResidualBlock)(features)
     if form != IDENTITY:
         projection = nn.Linear(features, features, bias=False)
         block.shortcut = projection if form == LINEAR else nn.Sequential(projection, nn.BatchNorm1d(features))
     return block
 
 
-def build(form: str, blocks: int, width: int, seed: int, library: ModuleType, images: Images) -> nn.Sequential:
+def build(form: str, blocks: int, width: int, seed: int, library: str, images: Images) -> nn.Sequential:
     """(N, C, H, W) in, (N, classes) out. The branches of a seed are the same in every form and of either library."""
     pixels = images.training[0][0].numel()
     torch.manual_seed(seed)
-    layers: list[nn.Module] = [library.LinearResidualBlock(pixels, width)]
+    layers: list[nn.Module] = [LIBRARIES[library].LinearResidualBlock(pixels, width)]
     layers += [block_of(IDENTITY, width, library) for _ in range(blocks)]
     head = nn.Linear(width, images.classes)
     # Shortcuts are drawn last, so that they change no other random number.
@@ -104,7 +102,7 @@ def build(form: str, blocks: int, width: int, seed: int, library: ModuleType, im
         branch = layers[i].state_dict()
         layers[i] = block_of(form, width, library)
         layers[i].load_state_dict(branch, strict=False)
-    chain = getattr(library, "Sequential", nn.Sequential)
+    chain = getattr(LIBRARIES[library], "Sequential", nn.Sequential)
     network: nn.Sequential = chain(nn.Flatten(), *layers, head)
     return network
 
@@ -112,7 +110,7 @@ def build(form: str, blocks: int, width: int, seed: int, library: ModuleType, im
 def train_one(job: Job) -> Result:
     s = job.settings
     images = job.source.load(job.seed)
-    network = build(job.form, s.blocks, s.width, job.seed, LIBRARIES[job.library], images)
+    network = build(job.form, s.blocks, s.width, job.seed, job.library, images)
     with long_run() as device:
         curve = train(network.to(device), images, s.recipe, device, torch.float32)
         return Result(curve, accuracy(network, images, device, torch.float32, s.recipe.batch_size))
@@ -128,7 +126,7 @@ def measure(session: Session) -> Content:
     results = session.run(train_one, jobs, "Training with each shortcut")
     agreements = session.run(compare, _comparisons(settings, session), "Fused against reference, step by step")
     images = session.source.load(0)
-    networks = {form: build(form, settings.blocks, settings.width, 0, reference, images) for form in FORMS}
+    networks = {form: build(form, settings.blocks, settings.width, 0, REFERENCE, images) for form in FORMS}
     return {
         "settings": {**asdict(settings), "seeds": seeds, "data": session.source.data},
         "fused_curves_on": long_runs_on(),
@@ -149,9 +147,7 @@ def _comparisons(settings: Settings, session: Session) -> list[Comparison]:
     blocks, width, recipe = settings.agreement_blocks, settings.agreement_width, settings.agreement_recipe
     if session.on_gpu:
         blocks, width, recipe = settings.blocks, settings.width, settings.recipe
-    networks = {
-        form: tuple(partial(build, form, blocks, width, 0, library) for library in LIBRARIES.values()) for form in FORMS
-    }
+    networks = {form: tuple(partial(build, form, blocks, width, 0, library) for library in LIBRARIES) for form in FORMS}
     return comparisons(networks, recipe, session)
 
 
