@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     unknown = [name for name in args.experiment if name not in EXPERIMENTS]
     if unknown:
         raise SystemExit(f"run.py science: error: EXPERIMENT must be of {', '.join(EXPERIMENTS)}, but got {unknown[0]}")
+    if args.output.exists() and not args.output.is_dir():
+        raise SystemExit(f"run.py science: error: --output must be a folder, or nothing yet, but got {args.output}")
     args.output.mkdir(parents=True, exist_ok=True)
     size = FULL if args.full else SHORT if args.short else DEFAULT
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

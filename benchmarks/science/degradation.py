@@ -211,22 +211,21 @@ def show(content: Content, console: Console) -> None:
 
 
 def draw(content: Content, folder: Path) -> Path:
-    figure, axes = figures.panels(1, 3, 12.5, 4.2, width_ratios=(1, 1, 0.9))
-    colours = (figures.BLUE, figures.VERMILION)
+    shallow, deep = content["settings"]["depths"]
+    plain, residual = (mean(final_errors(content, f"{kind}-{deep}")) for kind in KINDS)
+    title = f"{deep} layers: a plain network ends at {plain:.1%} training error, a residual one at {residual:.1%}"
+    figure, axes = figures.panels(1, 3, 13, 4.4, title, width_ratios=(1, 1, 0.95))
     for panel, kind in zip(axes[0], KINDS, strict=False):
-        finals = []
-        for depth, colour in zip(content["settings"]["depths"], colours, strict=True):
-            name = f"{kind}-{depth}"
-            runs = [r for r in content["runs"] if (r["network"], r["variant"]) == (name, FUSED)]
+        for depth, colour, shift in ((shallow, figures.BLUE, -7), (deep, figures.VERMILION, 7)):
+            runs = [r for r in content["runs"] if (r["network"], r["variant"]) == (f"{kind}-{depth}", FUSED)]
             percent = [[100 * error for error in run["errors"]] for run in runs]
             steps = [runs[0]["steps_per_epoch"] * (epoch + 1) for epoch in range(len(percent[0]))]
             figures.with_spread(panel, steps, percent, colour)
-            finals.append(mean(curve[-1] for curve in percent))
-            figures.label(panel, steps[-1], finals[-1], f"{depth} layers", colour)
-        panel.set_title(f"{kind}: {finals[0]:.1f} % with {content['settings']['depths'][0]} layers, "
-                        f"{finals[1]:.1f} % with {content['settings']['depths'][1]}")  # fmt: skip
+            end = mean(curve[-1] for curve in percent)
+            figures.label(panel, steps[-1], end, f"{depth} layers\n{end:.2f} %", colour, xytext=(4, shift * 1.5))
+        panel.set_title(f"{kind} networks, {len(content['settings']['seeds'])} seeds")
         panel.set_xlabel("training step")
         panel.set_ylabel("training error, %")
-        panel.set_ylim(0, 95)
+        panel.set_ylim(-2, 95)
     figures.draw_agreement(axes[0][2], content["agreements"])
     return figures.save(figure, folder, NAME)

@@ -204,33 +204,43 @@ def show(content: Content, console: Console) -> None:
         )
 
 
+LINES = (
+    (PLAIN, "whole", "plain: the whole gradient", figures.VERMILION, "-"),
+    (RESIDUAL, "whole", "residual: the whole gradient", figures.BLUE, "-"),
+    (RESIDUAL, "direct", "residual: each block's direct term", figures.ORANGE, "--"),
+    (RESIDUAL, "shortcuts_only", "residual: through shortcuts alone", figures.GREEN, ":"),
+)
+
+
 def draw(content: Content, folder: Path) -> Path:
     depths = content["settings"]["depths"]
-    figure, axes = figures.panels(2, len(depths) + 1, 13.5, 6.6, width_ratios=[*[1] * len(depths), 1.1])
-    for row, time in enumerate(TIMES):
-        for column, depth in enumerate(depths):
-            _draw_profiles(axes[row][column], content, depth, time)
-            axes[row][column].sharey(axes[row][0])
-        axes[row][0].set_ylabel("gradient norm / last block's")
+    plain, residual = (geometric_mean(ratios(content, kind, depths[-1], BEFORE)) for kind in KINDS)
+    title = (
+        f"{depths[-1]} layers, at initialisation: from the last block to the first the gradient grows "
+        f"{plain:.2g}-fold in the plain network, {residual:.2g}-fold in the residual one"
+    )
+    figure, axes = figures.panels(2, len(depths) + 1, 14, 7, title, width_ratios=[*[1] * len(depths), 1.25])
+    for row, time in zip(axes, TIMES, strict=True):
+        for panel, depth in zip(row, depths, strict=False):
+            _draw_profiles(panel, content, depth, time)
+        # One scale for a row.
+        limits = [limit for panel in row[:-1] for limit in panel.get_ylim()]
+        for panel in row[:-1]:
+            panel.set_ylim(min(limits), max(limits))
+        row[0].set_ylabel("gradient norm at a block's input / last block's")
     figures.draw_agreement(axes[0][-1], content["agreements"])
     axes[1][-1].axis("off")
+    axes[1][-1].legend(*axes[0][0].get_legend_handles_labels(), loc="center", frameon=False)
     return figures.save(figure, folder, NAME)
 
 
 def _draw_profiles(axes: Any, content: Content, depth: int, time: str) -> None:
     """Relative to the whole gradient at the last block's input, from the last block on the left to the first."""
-    lines = (
-        (PLAIN, "whole", "plain", figures.VERMILION, "-"),
-        (RESIDUAL, "whole", "residual", figures.BLUE, "-"),
-        (RESIDUAL, "direct", "its direct term", figures.SKY, "--"),
-        (RESIDUAL, "shortcuts_only", "shortcuts alone", figures.GREEN, ":"),
-    )
-    for kind, path, text, colour, style in lines:
+    for kind, path, text, colour, style in LINES:
         curves = [
             [value / run["whole"][-1] for value in reversed(run[path])] for run in _runs(content, kind, depth, time)
         ]
-        positions = range(1, len(curves[0]) + 1)
-        figures.with_spread(axes, positions, curves, colour, linestyle=style, label=text)
+        figures.with_spread(axes, range(1, len(curves[0]) + 1), curves, colour, linestyle=style, label=text)
     axes.set_yscale("log")
     axes.set_title(f"{depth} layers, {time}")
     axes.set_xlabel("block, from the last to the first")

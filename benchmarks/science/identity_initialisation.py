@@ -24,7 +24,7 @@ import resfused
 from resfused import reference
 from science import figures
 from science.agreement import QUICK, TINY, Comparison, as_record, compare, comparisons
-from science.libraries import LIBRARIES
+from science.libraries import FUSED, LIBRARIES, REFERENCE
 from science.passes import count_passes
 from science.records import Content, rounded
 from science.session import DEFAULT, FULL, SHORT, Session, Source, placed
@@ -182,7 +182,7 @@ HEADINGS = ("last norm's weight", "one block, mean", "the whole stack", "fused a
 def summary(content: Content) -> list[list[str]]:
     rows = []
     for weight in weights_of(content):
-        fused, exact = runs_of(content, "fused", weight), runs_of(content, "reference", weight)
+        fused, exact = runs_of(content, FUSED, weight), runs_of(content, REFERENCE, weight)
         each = [value for run in fused for value in run["each"]]
         stacks = [run["stack"][-1] for run in fused]
         difference = max(
@@ -208,23 +208,23 @@ def show(content: Content, console: Console) -> None:
 
 
 def draw(content: Content, folder: Path) -> Path:
-    figure, axes = figures.panels(1, 3, 12.5, 4.2, width_ratios=(1, 1, 0.9))
-    colours = dict(zip(weights_of(content), (figures.VERMILION, figures.ORANGE, figures.BLUE, figures.SKY,
-                                             figures.PURPLE, figures.GREEN), strict=False))  # fmt: skip
-    colours[ZERO_INIT] = figures.GREEN
-    for panel, path, title in zip(axes[0], ("each", "stack"), ("each block alone", "through the stack"), strict=False):
-        for weight, colour in colours.items():
-            curves = [run[path] for run in runs_of(content, "fused", weight)]
-            apart = content["settings"]["apart"] if path == "each" else 1
-            blocks = range(1, 1 + apart * len(curves[0]), apart)
-            figures.with_spread(panel, blocks, curves, colour)
-            text = f"weight {weight:g}" if isinstance(weight, float) else "zero: exactly 0"
-            figures.label(panel, blocks[-1], curves[0][-1], text, colour)
+    blocks = content["settings"]["blocks"]
+    zero = max(value for run in runs_of(content, FUSED, ZERO_INIT) for value in run["stack"])
+    title = f"{blocks} blocks with zero last-norm weights differ from relu(x) by {zero:.1g}"
+    figure, axes = figures.panels(1, 3, 13, 4.4, title, width_ratios=(1, 1, 0.95))
+    for panel, path in zip(axes[0], ("each", "stack"), strict=False):
+        apart = content["settings"]["apart"] if path == "each" else 1
+        for weight, colour in zip(weights_of(content)[::-1], figures.SEQUENCE, strict=False):
+            curves = [run[path] for run in runs_of(content, FUSED, weight)]
+            numbers = range(1, 1 + apart * len(curves[0]), apart)
+            figures.with_spread(panel, numbers, curves, colour, marker="o" if path == "each" else None, markersize=4)
+            text = f"weight {weight:g}" if isinstance(weight, float) else "weight 0"
+            figures.label(panel, numbers[-1], curves[0][-1], text, colour)
         # Zeros have their place on this axis, below the smallest weight's.
         panel.set_yscale("symlog", linthresh=1e-3)
-        panel.set_ylim(-1e-4, None)
-        panel.set_title(title)
+        panel.set_ylim(-3e-4, None)
+        panel.set_title("single blocks, each on the same x" if path == "each" else "a stack, up to each block")
         panel.set_xlabel("block")
-        panel.set_ylabel("||block(x) - relu(x)|| / ||x||" if path == "each" else "||stack(x) - relu(x)|| / ||x||")
+        panel.set_ylabel(f"||{'block' if path == 'each' else 'stack'}(x) - relu(x)|| / ||x||")
     figures.draw_agreement(axes[0][2], content["agreements"])
     return figures.save(figure, folder, NAME)

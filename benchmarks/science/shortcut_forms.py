@@ -157,14 +157,14 @@ def _full_length_difference(jobs: list[Job], results: list[Result]) -> dict[str,
     return {
         form: max(
             abs(a - b)
-            for job in jobs if (job.form, job.library) == (form, "fused")
-            for a, b in zip(losses[form, "fused", job.seed], losses[form, "reference", job.seed], strict=True)
+            for job in jobs if (job.form, job.library) == (form, FUSED)
+            for a, b in zip(losses[form, FUSED, job.seed], losses[form, REFERENCE, job.seed], strict=True)
         )
         for form in FORMS
     }  # fmt: skip
 
 
-def accuracies(content: Content, form: str, blocks: str = "fused") -> list[float]:
+def accuracies(content: Content, form: str, blocks: str = FUSED) -> list[float]:
     return [run["accuracy"] for run in content["runs"] if (run["form"], run["blocks"]) == (form, blocks)]
 
 
@@ -178,7 +178,7 @@ def summary(content: Content) -> list[list[str]]:
         found, passes = accuracies(content, form), content["passes"][form]
         times = [
             mean(run["ms_per_step"] for run in content["runs"] if (run["form"], run["blocks"]) == (form, blocks))
-            for blocks in ("fused", "reference")
+            for blocks in (FUSED, REFERENCE)
         ]
         rows.append([
             form, f"{content['parameters'][form]:,}", f"{passes['fused']:.2f} / {passes['eager']:.2f}",
@@ -201,27 +201,32 @@ def show(content: Content, console: Console) -> None:
 
 
 def draw(content: Content, folder: Path) -> Path:
-    figure, axes = figures.panels(1, 3, 12.5, 4.2, width_ratios=(1, 1, 0.9))
-    curves, cost, agreement = axes[0]
+    best = max(FORMS, key=lambda form: mean(accuracies(content, form)))
+    title = (
+        f"Validation accuracy at equal steps: {mean(accuracies(content, best)):.1%} with {best}, "
+        f"{mean(accuracies(content, IDENTITY)):.1%} with identity, the fewest parameters"
+    )
+    figure, axes = figures.panels(1, 3, 13, 4.4, title, width_ratios=(1, 1, 0.95))
+    errors, cost, agreement = axes[0]
     for form, colour in zip(FORMS, (figures.BLUE, figures.VERMILION, figures.GREEN), strict=True):
-        errors = [
-            [100 * e for e in run["errors"]]
-            for run in content["runs"]
-            if (run["form"], run["blocks"]) == (form, "fused")
-        ]
-        epochs = range(1, len(errors[0]) + 1)
-        figures.with_spread(curves, epochs, errors, colour, label=form)
-        found = [100 * a for a in accuracies(content, form)]
-        parameters = content["parameters"][form]
-        cost.plot([parameters / 1e3] * len(found), found, "o", color=colour, alpha=0.5)
-        cost.plot(parameters / 1e3, mean(found), "_", color=colour, markersize=22, markeredgewidth=2.5)
-        figures.label(cost, parameters / 1e3, max(found), form, colour, xytext=(0, 8), ha="center")
-    curves.set_yscale("log")
-    curves.legend(frameon=False)
-    curves.set_xlabel("epoch")
-    curves.set_ylabel("training error, %")
-    cost.set_xlabel("parameters, thousands")
+        runs = [run for run in content["runs"] if (run["form"], run["blocks"]) == (form, FUSED)]
+        percent = [[100 * error for error in run["errors"]] for run in runs]
+        figures.with_spread(errors, range(1, len(percent[0]) + 1), percent, colour, label=form)
+        found, parameters = [100 * a for a in accuracies(content, form)], content["parameters"][form] / 1e3
+        position = FORMS.index(form)
+        cost.plot([position] * len(found), found, "o", color=colour, alpha=0.5)
+        cost.plot(position, mean(found), "_", color=colour, markersize=26, markeredgewidth=2.5)
+        text = f"{form}\n{parameters:.0f}k parameters"
+        figures.label(cost, position, max(found), text, colour, xytext=(0, 14), ha="center", fontsize=8.5)
+    errors.set_yscale("symlog", linthresh=0.1)
+    errors.set_ylim(0, 100)
+    errors.legend(frameon=False)
+    errors.set_title(f"training, {len(content['settings']['seeds'])} seeds")
+    errors.set_xlabel("epoch")
+    errors.set_ylabel("training error, %")
+    cost.set_title("each seed, and the mean")
     cost.set_ylabel("validation accuracy, %")
-    cost.margins(x=0.3, y=0.2)
+    cost.set_xticks([])
+    cost.margins(x=0.3, y=0.25)
     figures.draw_agreement(agreement, content["agreements"])
     return figures.save(figure, folder, NAME)
