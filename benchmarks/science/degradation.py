@@ -213,7 +213,7 @@ def show(content: Content, console: Console) -> None:
 def draw(content: Content, folder: Path) -> Path:
     shallow, deep = content["settings"]["depths"]
     plain, residual = (mean(final_errors(content, f"{kind}-{deep}")) for kind in KINDS)
-    title = f"{deep} layers: a plain network ends at {plain:.1%} training error, a residual one at {residual:.1%}"
+    title = f"{deep} layers: a plain network ends at {plain:.1%} training error, a residual one at {residual:.2%}"
     figure, axes = figures.panels(1, 3, 13, 4.4, title, width_ratios=(1, 1, 0.95))
     for panel, kind in zip(axes[0], KINDS, strict=False):
         for depth, colour, shift in ((shallow, figures.BLUE, -7), (deep, figures.VERMILION, 7)):
@@ -222,10 +222,10 @@ def draw(content: Content, folder: Path) -> Path:
             steps = [runs[0]["steps_per_epoch"] * (epoch + 1) for epoch in range(len(percent[0]))]
             figures.with_spread(panel, steps, percent, colour)
             end = mean(curve[-1] for curve in percent)
-            figures.label(panel, steps[-1], end, f"{depth} layers\n{end:.2f} %", colour, xytext=(4, shift * 1.5))
+            figures.label(panel, steps[-1], end, f"{depth} layers: {end:.2f} %", colour, xytext=(4, shift))
         panel.set_title(f"{kind} networks, {len(content['settings']['seeds'])} seeds")
         panel.set_xlabel("training step")
         panel.set_ylabel("training error, %")
-        panel.set_ylim(-2, 95)
+        panel.set_ylim(-4, 95)
     figures.draw_agreement(axes[0][2], content["agreements"])
     return figures.save(figure, folder, NAME)

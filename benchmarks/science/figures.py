@@ -68,7 +68,7 @@ def draw_agreement(axes: Any, agreements: Sequence[Content]) -> None:
         for run in runs:
             steps = range(1, len(run["fused"]) + 1)
             # Where two runs are equal to the bit there is nothing to draw on a logarithmic axis.
-            spread, difference = ([value or float("nan") for value in run[key]] for key in ("spread", "difference"))
+            spread, difference = ([value or float("nan") for value in run[key]] for key in ("spread", "nearest"))
             axes.plot(steps, spread, color=colour, alpha=0.3, linewidth=4, solid_capstyle="round")
             axes.plot(steps, difference, color=colour, linewidth=1.3)
         if runs:
@@ -78,6 +78,6 @@ def draw_agreement(axes: Any, agreements: Sequence[Content]) -> None:
     axes.set_title("the same training, fused and reference")
     axes.set_xlabel("training step")
     axes.set_ylabel("largest difference of the loss so far")
-    axes.plot([], [], color=GREY, linewidth=1.3, label=f"fused on {agreements[0]['kernels']} - reference")
+    axes.plot([], [], color=GREY, linewidth=1.3, label=f"fused on {agreements[0]['kernels']} - nearest reference run")
     axes.plot([], [], color=GREY, linewidth=4, alpha=0.3, label="reference - reference, sums in other orders")
     axes.legend(frameon=False, fontsize=8, loc="upper left")

@@ -14,13 +14,17 @@ PAGE = Path(__file__).parent / "README.md"
 
 
 def write(experiments: Mapping[str, Any], folder: Path, path: Path = PAGE) -> Path:
-    """Of every experiment, a module by its name, whose result file lies in ``folder``; the others' tables stay."""
+    """Of every experiment, a module by its name, whose result file lies in ``folder``; the others' tables stay.
+
+    The wall times stay unless all are there.
+    """
     text = path.read_text()
-    for name, experiment in experiments.items():
-        if (folder / f"{name}.json").exists():
-            content = records.read(folder, name)
-            table = markdown(experiment.HEADINGS, experiment.summary(content))
-            text = between(text, name, table + "\n\n" + _agreement(content))
+    found = {name: records.read(folder, name) for name in experiments if (folder / f"{name}.json").exists()}
+    for name, content in found.items():
+        table = markdown(experiments[name].HEADINGS, experiments[name].summary(content))
+        text = between(text, name, table + "\n\n" + _agreement(content))
+    if len(found) == len(experiments):
+        text = between(text, "wall time", _wall_times(found))
     path.write_text(text)
     return path
 
@@ -42,3 +46,14 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _agreement(content: Content) -> str:
     found = content["agreements"]
     return markdown(agreement.HEADINGS, agreement.summary(found)) + f"\n\n{agreement.caption(found)}"
+
+
+def _wall_times(found: Mapping[str, Content]) -> str:
+    rows = [
+        (name, c["device"], str(c["processes"]), f"{c['wall_seconds']:.0f}", c["environment"]["commit"])
+        for name, c in found.items()
+    ]
+    total = sum(content["wall_seconds"] for content in found.values())
+    return markdown(
+        ("experiment", "device", "processes", "wall time, s", "commit"), [*rows, ("all", "", "", f"{total:.0f}", "")]
+    )
