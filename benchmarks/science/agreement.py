@@ -155,6 +155,7 @@ def summary(records: list[Content]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def caption(records: list[Content]) -> str:
-    note = "" if records[0]["kernels"] == KERNELS else ": the interpreter's time says nothing about a GPU's"
-    return f"Fused runs on the {records[0]['kernels']}{note}. Differences of a loss, the largest of all steps."
+def title(records: list[Content]) -> str:
+    where = records[0]["kernels"]
+    note = "" if where == KERNELS else " (whose time says nothing about their speed)"
+    return f"Differences of the loss over a whole training, fused blocks on {where}{note}"

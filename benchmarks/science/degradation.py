@@ -16,8 +16,6 @@ from statistics import mean
 import torch
 from images import Images
 from networks import cifar_plain, cifar_resnet
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import resfused
@@ -153,24 +151,6 @@ def final_errors(content: Content, network: str, variant: str = FUSED) -> list[f
     return [run["errors"][-1] for run in content["runs"] if (run["network"], run["variant"]) == (network, variant)]
 
 
-def verdict(content: Content) -> dict[str, str]:
-    """Of each kind, whether its deeper network ends with the higher training error."""
-    shallow, deep = content["settings"]["depths"]
-    found = {}
-    for kind in KINDS:
-        pairs = list(
-            zip(final_errors(content, f"{kind}-{shallow}"), final_errors(content, f"{kind}-{deep}"), strict=True)
-        )
-        worse = sum(b > a for a, b in pairs)
-        difference = mean(b - a for a, b in pairs)
-        seeds = f"in {worse} of {len(pairs)} seeds"
-        found[kind] = (
-            f"{deep} layers end {abs(difference):.2%} {'above' if difference > 0 else 'below'} {shallow} layers on "
-            f"average; they train worse {seeds}"
-        )
-    return found
-
-
 def summary(content: Content) -> list[list[str]]:
     """Rows of the table: network, final errors by seed, mean, spread, passes, times."""
     rows = []
@@ -196,18 +176,29 @@ HEADINGS = ("network", "final training error, each seed", "mean", "least to grea
             "passes per element, fused / reference", "ms a step, fused / reference")  # fmt: skip
 
 
-def show(content: Content, console: Console) -> None:
-    where = content["fused_curves_on"]
-    table = Table(title="Degradation: training error over the last epoch", caption=f"Fused curves on {where}.")
-    for heading in HEADINGS:
-        table.add_column(heading)
-    for row in summary(content):
-        table.add_row(*row)
-    console.print(table)
-    for kind, text in verdict(content).items():
-        console.print(f"{kind}: {text}.")
-    for network, difference in content["full_length_difference"].items():
-        console.print(f"{network}: the losses of fused, on {where}, and reference differ by at most {difference:.2g}.")
+def title(content: Content) -> str:
+    return f"Degradation: training error over the last epoch, fused curves on {content['fused_curves_on']}"
+
+
+def findings(content: Content) -> list[str]:
+    """Of each kind, whether its deeper network ends with the higher training error."""
+    shallow, deep = content["settings"]["depths"]
+    found = []
+    for kind in KINDS:
+        ends = {depth: final_errors(content, f"{kind}-{depth}") for depth in (shallow, deep)}
+        worse = sum(b > a for a, b in zip(ends[shallow], ends[deep], strict=True))
+        found.append(
+            f"{kind.capitalize()} networks: {deep} layers end at {mean(ends[deep]):.2%}, {shallow} layers at "
+            f"{mean(ends[shallow]):.2%}; the deeper trains worse in {worse} of {len(ends[deep])} seeds."
+        )
+    run = content["runs"][0]
+    images = run["steps_per_epoch"] * content["settings"]["recipe"]["batch_size"]
+    found.append(f"One image is {1 / images:.2%} of an epoch's {images:,}.")
+    return found + [
+        f"{network}, a whole training in float32: the losses of fused, on {content['fused_curves_on']}, and reference "
+        f"differ by at most {difference:.2g}."
+        for network, difference in content["full_length_difference"].items()
+    ]
 
 
 def draw(content: Content, folder: Path) -> Path:

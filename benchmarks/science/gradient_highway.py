@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from images import Images
 from networks import cifar_plain, cifar_resnet
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import resfused
@@ -188,20 +186,23 @@ def _with_range(values: list[float]) -> str:
     return f"{geometric_mean(values):.2g} ({min(values):.2g} to {max(values):.2g})"
 
 
-def show(content: Content, console: Console) -> None:
-    table = Table(
-        title="Gradient highway: norm of the loss gradient, first block's input over last block's",
-        caption=f"Geometric mean of the seeds (least to greatest). Fused curves on {content['fused_curves_on']}.",
+def title(content: Content) -> str:
+    return (
+        "Gradient highway: norm of the loss gradient, first block's input over last block's, fused curves on "
+        + content["fused_curves_on"]
     )
-    for heading in HEADINGS:
-        table.add_column(heading)
-    for row in summary(content):
-        table.add_row(*row)
-    console.print(table)
-    for depth, difference in content["kernel_differences"].items():
-        console.print(
-            f"{depth} layers, {content['kernels']}: a norm differs from the reference's by {difference:.1e} at most."
-        )
+
+
+def findings(content: Content) -> list[str]:
+    found = []
+    for depth, time in product(content["settings"]["depths"], TIMES):
+        plain, residual = (geometric_mean(ratios(content, kind, depth, time)) for kind in KINDS)
+        found.append(f"{depth} layers, {time}: {plain:.2g}-fold without shortcuts, {residual:.2g}-fold with them.")
+    return found + [
+        f"{depth} layers, fused blocks on the {content['kernels']}, float64: no norm, of the whole or of a path, "
+        f"differs from the reference blocks' by more than {difference:.1e} of it."
+        for depth, difference in content["kernel_differences"].items()
+    ]
 
 
 LINES = (
@@ -217,7 +218,7 @@ def draw(content: Content, folder: Path) -> Path:
     plain, residual = (geometric_mean(ratios(content, kind, depths[-1], BEFORE)) for kind in KINDS)
     title = (
         f"{depths[-1]} layers, at initialisation: from the last block to the first the gradient grows "
-        f"{plain:.2g}-fold in the plain network, {residual:.2g}-fold in the residual one"
+        f"{plain:.2g}-fold without shortcuts, {residual:.2g}-fold in the residual one"
     )
     figure, axes = figures.panels(2, len(depths) + 1, 14, 7, title, width_ratios=[*[1] * len(depths), 1.25])
     for row, time in zip(axes, TIMES, strict=True):

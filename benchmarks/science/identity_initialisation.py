@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
+from statistics import mean
 from types import ModuleType
 from typing import Any
 
 import torch
 from images import Images
 from networks import cifar_resnet
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import resfused
@@ -189,22 +188,27 @@ def summary(content: Content) -> list[list[str]]:
             abs(a - b) for ours, theirs in zip(fused, exact, strict=True)
             for path in ("each", "stack") for a, b in zip(ours[path], theirs[path], strict=True)
         )  # fmt: skip
-        rows.append(
-            [str(weight), f"{sum(each) / len(each):.3g}", f"{sum(stacks) / len(stacks):.3g}", f"{difference:.1g}"]
-        )
+        rows.append([str(weight), f"{mean(each):.3g}", f"{mean(stacks):.3g}", f"{difference:.1g}"])
     return rows
 
 
-def show(content: Content, console: Console) -> None:
-    table = Table(
-        title=f"Identity initialisation: ||block(x) - relu(x)|| / ||x|| of {content['settings']['blocks']} blocks",
-        caption=f"Fused blocks on the {content['kernels']}, float64.",
+def title(content: Content) -> str:
+    return (
+        f"Identity initialisation: ||block(x) - relu(x)|| / ||x||, {content['settings']['blocks']} blocks, "
+        f"fused ones on the {content['kernels']}, float64"
     )
-    for heading in HEADINGS:
-        table.add_column(heading)
-    for row in summary(content):
-        table.add_row(*row)
-    console.print(table)
+
+
+def findings(content: Content) -> list[str]:
+    """How the deviation of one block goes with the weight."""
+    found = []
+    weights = content["settings"]["weights"]
+    for larger, smaller in pairwise(weights):
+        means = [mean(value for run in runs_of(content, FUSED, w) for value in run["each"]) for w in (larger, smaller)]
+        ratio = means[0] / means[1]
+        found.append(f"From weight {larger:g} to {smaller:g} the deviation of one block falls {ratio:.3g}-fold.")
+    zero = max(value for run in runs_of(content, FUSED, ZERO_INIT) for value in run["each"] + run["stack"])
+    return [*found, f"With `{ZERO_INIT}` the largest deviation of any block or stack of fused blocks is {zero:g}."]
 
 
 def draw(content: Content, folder: Path) -> Path:

@@ -21,8 +21,7 @@ def write(experiments: Mapping[str, Any], folder: Path, path: Path = PAGE) -> Pa
     text = path.read_text()
     found = {name: records.read(folder, name) for name in experiments if (folder / f"{name}.json").exists()}
     for name, content in found.items():
-        table = markdown(experiments[name].HEADINGS, experiments[name].summary(content))
-        text = between(text, name, table + "\n\n" + _agreement(content))
+        text = between(text, name, _story(experiments[name], content))
     if len(found) == len(experiments):
         text = between(text, "wall time", _wall_times(found))
     path.write_text(text)
@@ -43,9 +42,13 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _agreement(content: Content) -> str:
+def _story(experiment: Any, content: Content) -> str:
     found = content["agreements"]
-    return markdown(agreement.HEADINGS, agreement.summary(found)) + f"\n\n{agreement.caption(found)}"
+    return "\n\n".join([
+        f"{experiment.title(content)}:", markdown(experiment.HEADINGS, experiment.summary(content)),
+        "\n".join(f"- {finding}" for finding in experiment.findings(content)),
+        f"{agreement.title(found)}:", markdown(agreement.HEADINGS, agreement.summary(found)),
+    ])  # fmt: skip
 
 
 def _wall_times(found: Mapping[str, Content]) -> str:
@@ -54,6 +57,5 @@ def _wall_times(found: Mapping[str, Content]) -> str:
         for name, c in found.items()
     ]
     total = sum(content["wall_seconds"] for content in found.values())
-    return markdown(
-        ("experiment", "device", "processes", "wall time, s", "commit"), [*rows, ("all", "", "", f"{total:.0f}", "")]
-    )
+    rows.append(("all", "", "", f"{total:.0f}", ""))
+    return markdown(("experiment", "device", "processes", "wall time, s", "commit"), rows)

@@ -15,8 +15,6 @@ from typing import cast
 
 import torch
 from images import Images
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import resfused
@@ -188,16 +186,25 @@ def summary(content: Content) -> list[list[str]]:
     return rows
 
 
-def show(content: Content, console: Console) -> None:
-    table = Table(
-        title=f"Shortcut forms: {content['settings']['blocks'] + 1} fully connected blocks, equal steps",
-        caption=f"Fused curves on {content['fused_curves_on']}.",
-    )
-    for heading in HEADINGS:
-        table.add_column(heading)
-    for row in summary(content):
-        table.add_row(*row)
-    console.print(table)
+def title(content: Content) -> str:
+    blocks = content["settings"]["blocks"]
+    return f"Shortcut forms: {blocks} fully connected blocks, equal steps, fused curves on {content['fused_curves_on']}"
+
+
+def findings(content: Content) -> list[str]:
+    found = []
+    for form in FORMS[1:]:
+        pairs = zip(accuracies(content, form), accuracies(content, IDENTITY), strict=True)
+        differences = [a - b for a, b in pairs]
+        found.append(
+            f"{form.capitalize()} against identity, seed by seed: {mean(differences):+.2%} of validation accuracy on "
+            f"average ({min(differences):+.2%} to {max(differences):+.2%})."
+        )
+    return found + [
+        f"{form}, whole trainings in float32: the losses of fused, on {content['fused_curves_on']}, and reference "
+        f"differ by at most {difference:.2g}."
+        for form, difference in content["full_length_difference"].items()
+    ]
 
 
 def draw(content: Content, folder: Path) -> Path:
