@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -19,6 +20,7 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY = (
 )  # fmt: skip
 # One after the other, from the first on.
 SEQUENCE = (GREEN, BLUE, ORANGE, VERMILION, PURPLE, SKY)
+DPI = 90
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -40,10 +42,17 @@ def panels(rows: int, columns: int, width: float, height: float, title: str, **o
     return figure, axes
 
 
-def with_spread(axes: Any, x: Sequence[float], curves: Sequence[Sequence[float]], colour: str, **options: Any) -> None:
-    """The mean of several seeds' curves, and from the least to the greatest as a band."""
+def with_spread(
+    axes: Any,
+    x: Sequence[float],
+    curves: Sequence[Sequence[float]],
+    colour: str,
+    middle: Callable[[Sequence[float]], float] = mean,
+    **options: Any,
+) -> None:
+    """The ``middle`` of several seeds' curves, and from the least to the greatest as a band."""
     columns = list(zip(*curves, strict=True))
-    axes.plot(x, [sum(column) / len(column) for column in columns], color=colour, **options)
+    axes.plot(x, [middle(column) for column in columns], color=colour, **options)
     axes.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.2, linewidth=0)
 
 
@@ -56,7 +65,7 @@ def label(axes: Any, x: float, y: float, text: str, colour: str, **options: Any)
 def save(figure: Any, folder: Path, name: str) -> Path:
     """``<folder>/<name>.png``"""
     path = folder / f"{name}.png"
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return path
 

@@ -180,10 +180,15 @@ def summary(content: Content) -> list[list[str]]:
     return rows
 
 
+def _fold(value: float) -> str:
+    """Two significant digits, without an exponent where it is large."""
+    return f"{value:.2g}" if value < 100 else f"{float(f'{value:.2g}'):,.0f}"
+
+
 def _with_range(values: list[float]) -> str:
     if min(values) <= 0:
         return f"{min(values):.2g} to {max(values):.2g}"
-    return f"{geometric_mean(values):.2g} ({min(values):.2g} to {max(values):.2g})"
+    return f"{_fold(geometric_mean(values))} ({_fold(min(values))} to {_fold(max(values))})"
 
 
 def title(content: Content) -> str:
@@ -197,7 +202,9 @@ def findings(content: Content) -> list[str]:
     found = []
     for depth, time in product(content["settings"]["depths"], TIMES):
         plain, residual = (geometric_mean(ratios(content, kind, depth, time)) for kind in KINDS)
-        found.append(f"{depth} layers, {time}: {plain:.2g}-fold without shortcuts, {residual:.2g}-fold with them.")
+        found.append(
+            f"{depth} layers, {time}: {_fold(plain)}-fold without shortcuts, {_fold(residual)}-fold with them."
+        )
     return found + [
         f"{depth} layers, fused blocks on the {content['kernels']}, float64: no norm, of the whole or of a path, "
         f"differs from the reference blocks' by more than {difference:.1e} of it."
@@ -217,8 +224,8 @@ def draw(content: Content, folder: Path) -> Path:
     depths = content["settings"]["depths"]
     plain, residual = (geometric_mean(ratios(content, kind, depths[-1], BEFORE)) for kind in KINDS)
     title = (
-        f"{depths[-1]} layers, at initialisation: from the last block to the first the gradient grows "
-        f"{plain:.2g}-fold without shortcuts, {residual:.2g}-fold in the residual one"
+        f"The gradient on its way through {depths[-1]} layers at initialisation: x {_fold(plain)} without shortcuts, "
+        f"x {_fold(residual)} with them"
     )
     figure, axes = figures.panels(2, len(depths) + 1, 14, 7, title, width_ratios=[*[1] * len(depths), 1.25])
     for row, time in zip(axes, TIMES, strict=True):
@@ -228,7 +235,7 @@ def draw(content: Content, folder: Path) -> Path:
         limits = [limit for panel in row[:-1] for limit in panel.get_ylim()]
         for panel in row[:-1]:
             panel.set_ylim(min(limits), max(limits))
-        row[0].set_ylabel("gradient norm at a block's input / last block's")
+        row[0].set_ylabel("gradient norm / last block's")
     figures.draw_agreement(axes[0][-1], content["agreements"])
     axes[1][-1].axis("off")
     axes[1][-1].legend(*axes[0][0].get_legend_handles_labels(), loc="center", frameon=False)
@@ -241,7 +248,9 @@ def _draw_profiles(axes: Any, content: Content, depth: int, time: str) -> None:
         curves = [
             [value / run["whole"][-1] for value in reversed(run[path])] for run in _runs(content, kind, depth, time)
         ]
-        figures.with_spread(axes, range(1, len(curves[0]) + 1), curves, colour, linestyle=style, label=text)
+        figures.with_spread(
+            axes, range(1, len(curves[0]) + 1), curves, colour, geometric_mean, linestyle=style, label=text
+        )
     axes.set_yscale("log")
     axes.set_title(f"{depth} layers, {time}")
     axes.set_xlabel("block, from the last to the first")
