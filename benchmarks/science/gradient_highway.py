@@ -53,7 +53,7 @@ class Settings:
 SETTINGS = {
     SHORT: Settings((8, 14), (8, 8, 8), Recipe(1, 64, 0.1, steps=2), 2, 16, (8,), 2, TINY),
     DEFAULT: Settings(
-        (20, 56, 110), (8, 16, 32), Recipe(5, 64, 0.1), 3, 256, (20, 56, 110), 4, QUICK
+        (20, 56, 110), (8, 16, 32), Recipe(5, 64, 0.1), 3, 256, (20, 56, 110), 2, QUICK
     ),
     FULL: Settings(
         (20, 56, 110), (16, 32, 64), Recipe(160, 128, 0.1), 5, 1024, (20, 56, 110), 8, replace(QUICK, steps=40)

@@ -54,7 +54,7 @@ class Settings:
 SETTINGS = {
     SHORT: Settings(4, 2, 8, 2, (0.1,), 1, (8, 8, 8), Recipe(1, 4, 0.05, steps=2), TINY),
     DEFAULT: Settings(
-        100, 10, 16, 4, (1.0, 0.1, 0.01), 1, (8, 16, 32), Recipe(20, 64, 0.1), QUICK
+        100, 10, 8, 2, (1.0, 0.1, 0.01), 1, (8, 16, 32), Recipe(20, 64, 0.1), QUICK
     ),
     FULL: Settings(
         100, 10, 64, 16, (1.0, 0.3, 0.1, 0.03, 0.01), 3, (16, 32, 64), Recipe(160, 128, 0.1),
