@@ -9,6 +9,7 @@ kernels.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     unknown = [name for name in args.experiment if name not in EXPERIMENTS]
     if unknown:
         raise SystemExit(f"run.py science: error: EXPERIMENT must be of {', '.join(EXPERIMENTS)}, but got {unknown[0]}")
+    if args.output.exists() and not args.output.is_dir():
+        raise SystemExit(f"run.py science: error: --output must be a folder, or nothing yet, but got {args.output}")
     args.output.mkdir(parents=True, exist_ok=True)
     size = FULL if args.full else SHORT if args.short else DEFAULT
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,18 +70,21 @@ def run_one(name: str, session: Session, folder: Path) -> bool:
     content = experiment.measure(session)
     content = {"size": session.size, "device": session.device.type, "processes": session.processes,
                "wall_seconds": round(perf_counter() - start, 1), **content}  # fmt: skip
-    experiment.show(content, session.console)
-    _show_agreements(content["agreements"], session.console)
+    _print_table(session.console, experiment.title(content), experiment.HEADINGS, experiment.summary(content))
+    for finding in experiment.findings(content):
+        session.console.print(finding)
+    found = content["agreements"]
+    _print_table(session.console, agreement.title(found), agreement.HEADINGS, agreement.summary(found))
     paths = records.write(folder, name, content), experiment.draw(content, folder)
     session.console.print(f"{name}: {content['wall_seconds']} s, wrote {' and '.join(map(str, paths))}", soft_wrap=True)
-    return all(a["within"] for a in content["agreements"])
+    return all(a["within"] for a in found)
 
 
-def _show_agreements(found: list[records.Content], console: Console) -> None:
-    table = Table(title="The same training with fused and with reference blocks", caption=agreement.caption(found))
-    for heading in agreement.HEADINGS:
+def _print_table(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(title=title)
+    for heading in headings:
         table.add_column(heading)
-    for row in agreement.summary(found):
+    for row in rows:
         table.add_row(*row)
     console.print(table)
 

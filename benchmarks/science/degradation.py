@@ -16,13 +16,12 @@ from statistics import mean
 import torch
 from images import Images
 from networks import cifar_plain, cifar_resnet
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import resfused
 from science import figures
 from science.agreement import QUICK, TINY, Comparison, as_record, compare, comparisons
+from science.libraries import FUSED, REFERENCE
 from science.network_passes import count_passes
 from science.records import Content, rounded
 from science.session import DEFAULT, FULL, SHORT, Session, Source, long_run, long_runs_on
@@ -30,7 +29,7 @@ from science.training import Curve, Recipe, train
 
 NAME = "degradation"
 KINDS = PLAIN, RESIDUAL = ("plain", "residual")
-REFERENCE, FUSED = VARIANTS = ("reference", "fused")
+VARIANTS = (REFERENCE, FUSED)
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Settings:
 
 SETTINGS = {
     SHORT: Settings((8, 14), (8, 8, 8), Recipe(1, 128, 0.1, steps=4), 2, TINY),
-    DEFAULT: Settings((20, 56), (8, 16, 32), Recipe(20, 64, 0.1), 3, QUICK),
+    DEFAULT: Settings((20, 56), (8, 16, 32), Recipe(30, 64, 0.1), 3, QUICK),
     FULL: Settings((20, 56), (16, 32, 64), Recipe(160, 128, 0.1), 5, replace(QUICK, steps=40)),
 }
 
@@ -152,24 +151,6 @@ def final_errors(content: Content, network: str, variant: str = FUSED) -> list[f
     return [run["errors"][-1] for run in content["runs"] if (run["network"], run["variant"]) == (network, variant)]
 
 
-def verdict(content: Content) -> dict[str, str]:
-    """Of each kind, whether its deeper network ends with the higher training error."""
-    shallow, deep = content["settings"]["depths"]
-    found = {}
-    for kind in KINDS:
-        pairs = list(
-            zip(final_errors(content, f"{kind}-{shallow}"), final_errors(content, f"{kind}-{deep}"), strict=True)
-        )
-        worse = sum(b > a for a, b in pairs)
-        difference = mean(b - a for a, b in pairs)
-        seeds = f"in {worse} of {len(pairs)} seeds"
-        found[kind] = (
-            f"{deep} layers end {abs(difference):.2%} {'above' if difference > 0 else 'below'} {shallow} layers on "
-            f"average; they train worse {seeds}"
-        )
-    return found
-
-
 def summary(content: Content) -> list[list[str]]:
     """Rows of the table: network, final errors by seed, mean, spread, passes, times."""
     rows = []
@@ -195,37 +176,47 @@ HEADINGS = ("network", "final training error, each seed", "mean", "least to grea
             "passes per element, fused / reference", "ms a step, fused / reference")  # fmt: skip
 
 
-def show(content: Content, console: Console) -> None:
-    where = content["fused_curves_on"]
-    table = Table(title="Degradation: training error over the last epoch", caption=f"Fused curves on {where}.")
-    for heading in HEADINGS:
-        table.add_column(heading)
-    for row in summary(content):
-        table.add_row(*row)
-    console.print(table)
-    for kind, text in verdict(content).items():
-        console.print(f"{kind}: {text}.")
-    for network, difference in content["full_length_difference"].items():
-        console.print(f"{network}: the losses of fused, on {where}, and reference differ by at most {difference:.2g}.")
+def title(content: Content) -> str:
+    return f"Degradation: training error over the last epoch, fused curves on {content['fused_curves_on']}"
+
+
+def findings(content: Content) -> list[str]:
+    """Of each kind, whether its deeper network ends with the higher training error."""
+    shallow, deep = content["settings"]["depths"]
+    found = []
+    for kind in KINDS:
+        ends = {depth: final_errors(content, f"{kind}-{depth}") for depth in (shallow, deep)}
+        worse = sum(b > a for a, b in zip(ends[shallow], ends[deep], strict=True))
+        found.append(
+            f"{kind.capitalize()} networks: {deep} layers end at {mean(ends[deep]):.2%}, {shallow} layers at "
+            f"{mean(ends[shallow]):.2%}; the deeper trains worse in {worse} of {len(ends[deep])} seeds."
+        )
+    run = content["runs"][0]
+    images = run["steps_per_epoch"] * content["settings"]["recipe"]["batch_size"]
+    found.append(f"One image is {1 / images:.2%} of an epoch's {images:,}.")
+    return found + [
+        f"{network}, a whole training in float32: the losses of fused, on {content['fused_curves_on']}, and reference "
+        f"differ by at most {difference:.2g}."
+        for network, difference in content["full_length_difference"].items()
+    ]
 
 
 def draw(content: Content, folder: Path) -> Path:
-    figure, axes = figures.panels(1, 3, 12.5, 4.2, width_ratios=(1, 1, 0.9))
-    colours = (figures.BLUE, figures.VERMILION)
+    shallow, deep = content["settings"]["depths"]
+    plain, residual = (mean(final_errors(content, f"{kind}-{deep}")) for kind in KINDS)
+    title = f"{deep} layers: a plain network ends at {plain:.1%} training error, a residual one at {residual:.2%}"
+    figure, axes = figures.panels(1, 3, 13, 4.4, title, width_ratios=(1, 1, 0.95))
     for panel, kind in zip(axes[0], KINDS, strict=False):
-        finals = []
-        for depth, colour in zip(content["settings"]["depths"], colours, strict=True):
-            name = f"{kind}-{depth}"
-            runs = [r for r in content["runs"] if (r["network"], r["variant"]) == (name, FUSED)]
+        for depth, colour, shift in ((shallow, figures.BLUE, -7), (deep, figures.VERMILION, 7)):
+            runs = [r for r in content["runs"] if (r["network"], r["variant"]) == (f"{kind}-{depth}", FUSED)]
             percent = [[100 * error for error in run["errors"]] for run in runs]
             steps = [runs[0]["steps_per_epoch"] * (epoch + 1) for epoch in range(len(percent[0]))]
             figures.with_spread(panel, steps, percent, colour)
-            finals.append(mean(curve[-1] for curve in percent))
-            figures.label(panel, steps[-1], finals[-1], f"{depth} layers", colour)
-        panel.set_title(f"{kind}: {finals[0]:.1f} % with {content['settings']['depths'][0]} layers, "
-                        f"{finals[1]:.1f} % with {content['settings']['depths'][1]}")  # fmt: skip
+            end = mean(curve[-1] for curve in percent)
+            figures.label(panel, steps[-1], end, f"{depth} layers: {end:.2f} %", colour, xytext=(4, shift))
+        panel.set_title(f"{kind} networks, {len(content['settings']['seeds'])} seeds")
         panel.set_xlabel("training step")
         panel.set_ylabel("training error, %")
-        panel.set_ylim(0, 95)
+        panel.set_ylim(-4, 95)
     figures.draw_agreement(axes[0][2], content["agreements"])
     return figures.save(figure, folder, NAME)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib
@@ -11,10 +12,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from science.records import Content
+
 # Okabe and Ito, "Color Universal Design", 2008.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666"
 )  # fmt: skip
+# One after the other, from the first on.
+SEQUENCE = (GREEN, BLUE, ORANGE, VERMILION, PURPLE, SKY)
+DPI = 90
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -28,18 +34,25 @@ STYLE: Any = {
 }
 
 
-def panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    """A figure and its axes as an array of ``rows`` by ``columns``; inches."""
-    with plt.rc_context(STYLE):
-        return plt.subplots(
-            rows, columns, figsize=(width, height), squeeze=False, layout="constrained", **options
-        )  # fmt: skip
+def panels(rows: int, columns: int, width: float, height: float, title: str, **options: Any) -> tuple[Any, Any]:
+    """A figure under a title and its axes as an array of ``rows`` by ``columns``; inches."""
+    plt.rcParams.update(STYLE)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained", **options)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+    return figure, axes
 
 
-def with_spread(axes: Any, x: Sequence[float], curves: Sequence[Sequence[float]], colour: str, **options: Any) -> None:
-    """The mean of several seeds' curves, and from the least to the greatest as a band."""
+def with_spread(
+    axes: Any,
+    x: Sequence[float],
+    curves: Sequence[Sequence[float]],
+    colour: str,
+    middle: Callable[[Sequence[float]], float] = mean,
+    **options: Any,
+) -> None:
+    """The ``middle`` of several seeds' curves, and from the least to the greatest as a band."""
     columns = list(zip(*curves, strict=True))
-    axes.plot(x, [sum(column) / len(column) for column in columns], color=colour, **options)
+    axes.plot(x, [middle(column) for column in columns], color=colour, **options)
     axes.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.2, linewidth=0)
 
 
@@ -52,26 +65,28 @@ def label(axes: Any, x: float, y: float, text: str, colour: str, **options: Any)
 def save(figure: Any, folder: Path, name: str) -> Path:
     """``<folder>/<name>.png``"""
     path = folder / f"{name}.png"
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return path
 
 
-def draw_agreement(axes: Any, agreements: Sequence[dict[str, Any]]) -> None:
+def draw_agreement(axes: Any, agreements: Sequence[Content]) -> None:
     """How far the fused runs and the reference's own runs have come apart, step by step, in both precisions."""
     for dtype, colour in (("float32", VERMILION), ("float64", BLUE)):
         runs = [a for a in agreements if a["dtype"] == dtype]
-        for number, run in enumerate(runs):
+        for run in runs:
             steps = range(1, len(run["fused"]) + 1)
             # Where two runs are equal to the bit there is nothing to draw on a logarithmic axis.
-            spread, difference = ([value or float("nan") for value in run[key]] for key in ("spread", "difference"))
-            axes.plot(steps, spread, color=colour, alpha=0.35, linewidth=4, solid_capstyle="round")
+            spread, difference = ([value or float("nan") for value in run[key]] for key in ("spread", "nearest"))
+            axes.plot(steps, spread, color=colour, alpha=0.3, linewidth=4, solid_capstyle="round")
             axes.plot(steps, difference, color=colour, linewidth=1.3)
-            if number == 0:
-                label(axes, steps[-1], difference[-1], dtype, colour)
+        if runs:
+            label(axes, steps[-1], max(run["spread"][-1] for run in runs), dtype, colour)
     axes.set_yscale("log")
+    axes.set_ylim(1e-17, 1e2)
+    axes.set_title("the same training, fused and reference")
     axes.set_xlabel("training step")
     axes.set_ylabel("largest difference of the loss so far")
-    axes.plot([], [], color=GREY, linewidth=1.3, label="fused kernels against reference")
-    axes.plot([], [], color=GREY, linewidth=4, alpha=0.35, label="reference against itself, sums in another order")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.plot([], [], color=GREY, linewidth=1.3, label=f"fused on {agreements[0]['kernels']} - nearest reference run")
+    axes.plot([], [], color=GREY, linewidth=4, alpha=0.3, label="reference - reference, sums in other orders")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")

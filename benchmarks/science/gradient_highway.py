@@ -12,21 +12,18 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import geometric_mean
-from types import ModuleType
 from typing import Any
 
 import torch
 from images import Images
 from networks import cifar_plain, cifar_resnet
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import resfused
-from resfused import reference
 from science import figures
 from science.agreement import QUICK, TINY, Comparison, as_record, compare, comparisons
 from science.gradients import Profile, profile
+from science.libraries import FUSED, LIBRARIES, REFERENCE
 from science.network_passes import count_passes
 from science.records import Content, rounded
 from science.session import DEFAULT, FULL, SHORT, Session, Source, long_run, long_runs_on, placed
@@ -56,7 +53,7 @@ class Settings:
 SETTINGS = {
     SHORT: Settings((8, 14), (8, 8, 8), Recipe(1, 64, 0.1, steps=2), 2, 16, (8,), 2, TINY),
     DEFAULT: Settings(
-        (20, 56, 110), (8, 16, 32), Recipe(5, 64, 0.1), 3, 256, (20, 56, 110), 4, QUICK
+        (20, 56, 110), (8, 16, 32), Recipe(5, 64, 0.1), 3, 256, (20, 56, 110), 2, QUICK
     ),
     FULL: Settings(
         (20, 56, 110), (16, 32, 64), Recipe(160, 128, 0.1), 5, 1024, (20, 56, 110), 8, replace(QUICK, steps=40)
@@ -83,14 +80,12 @@ class KernelJob:
     device: torch.device
 
 
-def build(
-    kind: str, depth: int, widths: tuple[int, ...], seed: int, blocks: ModuleType, images: Images
-) -> nn.Sequential:
-    """Residual networks of ``blocks``, ``resfused`` or ``resfused.reference``; a seed's weights are always the same."""
+def build(kind: str, depth: int, widths: tuple[int, ...], seed: int, library: str, images: Images) -> nn.Sequential:
+    """Residual networks of the blocks of ``library``; a seed's weights are always the same."""
     torch.manual_seed(seed)
     if kind == PLAIN:
         return cifar_plain(depth, images.classes, images.channels, widths=widths)
-    return cifar_resnet(depth, images.classes, images.channels, widths=widths, blocks=blocks)
+    return cifar_resnet(depth, images.classes, images.channels, widths=widths, blocks=LIBRARIES[library])
 
 
 def measure_one(job: Job) -> dict[str, Profile]:
@@ -98,7 +93,7 @@ def measure_one(job: Job) -> dict[str, Profile]:
     s = job.settings
     images = job.source.load(job.seed)
     with long_run() as device:
-        network = build(job.kind, job.depth, s.widths, job.seed, resfused, images).to(device)
+        network = build(job.kind, job.depth, s.widths, job.seed, FUSED, images).to(device)
         x, labels = first_batch(images, s.measured, device, torch.float64)
         before = profile(copy.deepcopy(network).double(), x, labels)
         train(network, images, s.recipe, device, torch.float32)
@@ -111,8 +106,8 @@ def compare_gradients(job: KernelJob) -> float:
     images = job.source.load(0)
     x, labels = first_batch(images, s.kernel_images, job.device, torch.float64)
     found = []
-    for blocks in (resfused, reference):
-        network = placed(build(RESIDUAL, job.depth, s.widths, 0, blocks, images), job.device, torch.float64)
+    for library in (FUSED, REFERENCE):
+        network = placed(build(RESIDUAL, job.depth, s.widths, 0, library, images), job.device, torch.float64)
         with resfused.use_backend("triton"):
             found.append(asdict(profile(network, x, labels)))
     fused, exact = found
@@ -131,7 +126,7 @@ def measure(session: Session) -> Content:
     differences = session.run(compare_gradients, kernel_jobs[::-1], "Gradients through the kernels")[::-1]
     agreements = session.run(compare, _comparisons(settings, session), "Fused against reference, step by step")
     images = session.source.load(0)
-    network = build(RESIDUAL, settings.depths[0], settings.widths, 0, reference, images)
+    network = build(RESIDUAL, settings.depths[0], settings.widths, 0, REFERENCE, images)
     return {
         "settings": {**asdict(settings), "seeds": seeds, "data": session.source.data},
         "fused_curves_on": long_runs_on(),
@@ -154,7 +149,7 @@ def _comparisons(settings: Settings, session: Session) -> list[Comparison]:
         depth, widths, recipe = settings.depths[0], settings.widths, settings.recipe
     networks = {
         f"residual-{depth}": tuple(
-            partial(build, RESIDUAL, depth, widths, 0, blocks) for blocks in (reference, resfused)
+            partial(build, RESIDUAL, depth, widths, 0, library) for library in (REFERENCE, FUSED)
         )
     }
     return comparisons(networks, recipe, session)
@@ -185,55 +180,77 @@ def summary(content: Content) -> list[list[str]]:
     return rows
 
 
+def _fold(value: float) -> str:
+    """Two significant digits, without an exponent where it is large."""
+    return f"{value:.2g}" if value < 100 else f"{float(f'{value:.2g}'):,.0f}"
+
+
 def _with_range(values: list[float]) -> str:
     if min(values) <= 0:
         return f"{min(values):.2g} to {max(values):.2g}"
-    return f"{geometric_mean(values):.2g} ({min(values):.2g} to {max(values):.2g})"
+    return f"{_fold(geometric_mean(values))} ({_fold(min(values))} to {_fold(max(values))})"
 
 
-def show(content: Content, console: Console) -> None:
-    table = Table(
-        title="Gradient highway: norm of the loss gradient, first block's input over last block's",
-        caption=f"Geometric mean of the seeds (least to greatest). Fused curves on {content['fused_curves_on']}.",
+def title(content: Content) -> str:
+    return (
+        "Gradient highway: norm of the loss gradient, first block's input over last block's, fused curves on "
+        + content["fused_curves_on"]
     )
-    for heading in HEADINGS:
-        table.add_column(heading)
-    for row in summary(content):
-        table.add_row(*row)
-    console.print(table)
-    for depth, difference in content["kernel_differences"].items():
-        console.print(
-            f"{depth} layers, {content['kernels']}: a norm differs from the reference's by {difference:.1e} at most."
+
+
+def findings(content: Content) -> list[str]:
+    found = []
+    for depth, time in product(content["settings"]["depths"], TIMES):
+        plain, residual = (geometric_mean(ratios(content, kind, depth, time)) for kind in KINDS)
+        found.append(
+            f"{depth} layers, {time}: {_fold(plain)}-fold without shortcuts, {_fold(residual)}-fold with them."
         )
+    return found + [
+        f"{depth} layers, fused blocks on the {content['kernels']}, float64: no norm, of the whole or of a path, "
+        f"differs from the reference blocks' by more than {difference:.1e} of it."
+        for depth, difference in content["kernel_differences"].items()
+    ]
+
+
+LINES = (
+    (PLAIN, "whole", "plain: the whole gradient", figures.VERMILION, "-"),
+    (RESIDUAL, "whole", "residual: the whole gradient", figures.BLUE, "-"),
+    (RESIDUAL, "direct", "residual: each block's direct term", figures.ORANGE, "--"),
+    (RESIDUAL, "shortcuts_only", "residual: through shortcuts alone", figures.GREEN, ":"),
+)
 
 
 def draw(content: Content, folder: Path) -> Path:
     depths = content["settings"]["depths"]
-    figure, axes = figures.panels(2, len(depths) + 1, 13.5, 6.6, width_ratios=[*[1] * len(depths), 1.1])
-    for row, time in enumerate(TIMES):
-        for column, depth in enumerate(depths):
-            _draw_profiles(axes[row][column], content, depth, time)
-            axes[row][column].sharey(axes[row][0])
-        axes[row][0].set_ylabel("gradient norm / last block's")
+    plain, residual = (geometric_mean(ratios(content, kind, depths[-1], BEFORE)) for kind in KINDS)
+    title = (
+        f"The gradient on its way through {depths[-1]} layers at initialisation: x {_fold(plain)} without shortcuts, "
+        f"x {_fold(residual)} with them"
+    )
+    figure, axes = figures.panels(2, len(depths) + 1, 14, 7, title, width_ratios=[*[1] * len(depths), 1.25])
+    for row, time in zip(axes, TIMES, strict=True):
+        for panel, depth in zip(row, depths, strict=False):
+            _draw_profiles(panel, content, depth, time)
+        # One scale for a row.
+        limits = [limit for panel in row[:-1] for limit in panel.get_ylim()]
+        for panel in row[:-1]:
+            panel.set_ylim(min(limits), max(limits))
+        row[0].set_ylabel("gradient norm / last block's")
     figures.draw_agreement(axes[0][-1], content["agreements"])
     axes[1][-1].axis("off")
+    axes[1][-1].legend(*axes[0][0].get_legend_handles_labels(), loc="center", frameon=False)
     return figures.save(figure, folder, NAME)
 
 
 def _draw_profiles(axes: Any, content: Content, depth: int, time: str) -> None:
     """Relative to the whole gradient at the last block's input, from the last block on the left to the first."""
-    lines = (
-        (PLAIN, "whole", "plain", figures.VERMILION, "-"),
-        (RESIDUAL, "whole", "residual", figures.BLUE, "-"),
-        (RESIDUAL, "direct", "its direct term", figures.SKY, "--"),
-        (RESIDUAL, "shortcuts_only", "shortcuts alone", figures.GREEN, ":"),
-    )
-    for kind, path, text, colour, style in lines:
+    for kind, path, text, colour, style in LINES:
         curves = [
             [value / run["whole"][-1] for value in reversed(run[path])] for run in _runs(content, kind, depth, time)
         ]
-        positions = range(1, len(curves[0]) + 1)
-        figures.with_spread(axes, positions, curves, colour, linestyle=style, label=text)
+        figures.with_spread(
+            axes, range(1, len(curves[0]) + 1), curves, colour, geometric_mean, linestyle=style, label=text
+        )
     axes.set_yscale("log")
     axes.set_title(f"{depth} layers, {time}")
     axes.set_xlabel("block, from the last to the first")

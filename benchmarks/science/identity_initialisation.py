@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
+from statistics import mean
 from types import ModuleType
 from typing import Any
 
 import torch
 from images import Images
 from networks import cifar_resnet
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import resfused
 from resfused import reference
 from science import figures
 from science.agreement import QUICK, TINY, Comparison, as_record, compare, comparisons
+from science.libraries import FUSED, LIBRARIES, REFERENCE
 from science.network_passes import count_passes
 from science.records import Content, rounded
 from science.session import DEFAULT, FULL, SHORT, Session, Source, placed
@@ -31,7 +31,6 @@ from science.training import Recipe, first_batch
 
 NAME = "identity_initialisation"
 ZERO_INIT = "zero_init_residual"
-LIBRARIES = {"reference": reference, "fused": resfused}
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Settings:
 SETTINGS = {
     SHORT: Settings(4, 2, 8, 2, (0.1,), 1, (8, 8, 8), Recipe(1, 4, 0.05, steps=2), TINY),
     DEFAULT: Settings(
-        100, 10, 16, 4, (1.0, 0.1, 0.01), 1, (8, 16, 32), Recipe(20, 64, 0.1), QUICK
+        100, 10, 8, 2, (1.0, 0.1, 0.01), 1, (8, 16, 32), Recipe(20, 64, 0.1), QUICK
     ),
     FULL: Settings(
         100, 10, 64, 16, (1.0, 0.3, 0.1, 0.03, 0.01), 3, (16, 32, 64), Recipe(160, 128, 0.1),
@@ -127,10 +126,10 @@ def measure_one(job: Job) -> Deviation:
         return deviations(stack, x, s.apart)
 
 
-def build(depth: int, widths: tuple[int, ...], blocks: ModuleType, images: Images) -> nn.Module:
+def build(depth: int, widths: tuple[int, ...], library: str, images: Images) -> nn.Module:
     torch.manual_seed(0)
     return cifar_resnet(
-        depth, images.classes, images.channels, widths=widths, blocks=blocks, zero_init_residual=True
+        depth, images.classes, images.channels, widths=widths, blocks=LIBRARIES[library], zero_init_residual=True
     )  # fmt: skip
 
 
@@ -164,7 +163,7 @@ def _comparisons(settings: Settings, session: Session) -> list[Comparison]:
     depth, widths, recipe = settings.agreement_depth, settings.agreement_widths, settings.agreement_recipe
     if session.on_gpu:
         depth, widths, recipe = 20, settings.widths, settings.recipe
-    networks = {f"{ZERO_INIT}-{depth}": tuple(partial(build, depth, widths, blocks) for blocks in LIBRARIES.values())}
+    networks = {f"{ZERO_INIT}-{depth}": tuple(partial(build, depth, widths, library) for library in LIBRARIES)}
     return comparisons(networks, recipe, session)
 
 
@@ -182,49 +181,54 @@ HEADINGS = ("last norm's weight", "one block, mean", "the whole stack", "fused a
 def summary(content: Content) -> list[list[str]]:
     rows = []
     for weight in weights_of(content):
-        fused, exact = runs_of(content, "fused", weight), runs_of(content, "reference", weight)
+        fused, exact = runs_of(content, FUSED, weight), runs_of(content, REFERENCE, weight)
         each = [value for run in fused for value in run["each"]]
         stacks = [run["stack"][-1] for run in fused]
         difference = max(
             abs(a - b) for ours, theirs in zip(fused, exact, strict=True)
             for path in ("each", "stack") for a, b in zip(ours[path], theirs[path], strict=True)
         )  # fmt: skip
-        rows.append(
-            [str(weight), f"{sum(each) / len(each):.3g}", f"{sum(stacks) / len(stacks):.3g}", f"{difference:.1g}"]
-        )
+        rows.append([str(weight), f"{mean(each):.3g}", f"{mean(stacks):.3g}", f"{difference:.1g}"])
     return rows
 
 
-def show(content: Content, console: Console) -> None:
-    table = Table(
-        title=f"Identity initialisation: ||block(x) - relu(x)|| / ||x|| of {content['settings']['blocks']} blocks",
-        caption=f"Fused blocks on the {content['kernels']}, float64.",
+def title(content: Content) -> str:
+    return (
+        f"Identity initialisation: ||block(x) - relu(x)|| / ||x||, {content['settings']['blocks']} blocks, "
+        f"fused ones on the {content['kernels']}, float64"
     )
-    for heading in HEADINGS:
-        table.add_column(heading)
-    for row in summary(content):
-        table.add_row(*row)
-    console.print(table)
+
+
+def findings(content: Content) -> list[str]:
+    """How the deviation of one block goes with the weight."""
+    found = []
+    weights = content["settings"]["weights"]
+    for larger, smaller in pairwise(weights):
+        means = [mean(value for run in runs_of(content, FUSED, w) for value in run["each"]) for w in (larger, smaller)]
+        ratio = means[0] / means[1]
+        found.append(f"From weight {larger:g} to {smaller:g} the deviation of one block falls {ratio:.3g}-fold.")
+    zero = max(value for run in runs_of(content, FUSED, ZERO_INIT) for value in run["each"] + run["stack"])
+    return [*found, f"With `{ZERO_INIT}` the largest deviation of any block or stack of fused blocks is {zero:g}."]
 
 
 def draw(content: Content, folder: Path) -> Path:
-    figure, axes = figures.panels(1, 3, 12.5, 4.2, width_ratios=(1, 1, 0.9))
-    colours = dict(zip(weights_of(content), (figures.VERMILION, figures.ORANGE, figures.BLUE, figures.SKY,
-                                             figures.PURPLE, figures.GREEN), strict=False))  # fmt: skip
-    colours[ZERO_INIT] = figures.GREEN
-    for panel, path, title in zip(axes[0], ("each", "stack"), ("each block alone", "through the stack"), strict=False):
-        for weight, colour in colours.items():
-            curves = [run[path] for run in runs_of(content, "fused", weight)]
-            apart = content["settings"]["apart"] if path == "each" else 1
-            blocks = range(1, 1 + apart * len(curves[0]), apart)
-            figures.with_spread(panel, blocks, curves, colour)
-            text = f"weight {weight:g}" if isinstance(weight, float) else "zero: exactly 0"
-            figures.label(panel, blocks[-1], curves[0][-1], text, colour)
+    blocks = content["settings"]["blocks"]
+    zero = max(value for run in runs_of(content, FUSED, ZERO_INIT) for value in run["stack"])
+    title = f"{blocks} blocks with zero last-norm weights differ from relu(x) by {zero:.1g}"
+    figure, axes = figures.panels(1, 3, 13, 4.4, title, width_ratios=(1, 1, 0.95))
+    for panel, path in zip(axes[0], ("each", "stack"), strict=False):
+        apart = content["settings"]["apart"] if path == "each" else 1
+        for weight, colour in zip(weights_of(content)[::-1], figures.SEQUENCE, strict=False):
+            curves = [run[path] for run in runs_of(content, FUSED, weight)]
+            numbers = range(1, 1 + apart * len(curves[0]), apart)
+            figures.with_spread(panel, numbers, curves, colour, marker="o" if path == "each" else None, markersize=4)
+            text = f"weight {weight:g}" if isinstance(weight, float) else "weight 0"
+            figures.label(panel, numbers[-1], curves[0][-1], text, colour)
         # Zeros have their place on this axis, below the smallest weight's.
         panel.set_yscale("symlog", linthresh=1e-3)
-        panel.set_ylim(-1e-4, None)
-        panel.set_title(title)
+        panel.set_ylim(-3e-4, None)
+        panel.set_title("single blocks, each on the same x" if path == "each" else "a stack, up to each block")
         panel.set_xlabel("block")
-        panel.set_ylabel("||block(x) - relu(x)|| / ||x||" if path == "each" else "||stack(x) - relu(x)|| / ||x||")
+        panel.set_ylabel(f"||{'block' if path == 'each' else 'stack'}(x) - relu(x)|| / ||x||")
     figures.draw_agreement(axes[0][2], content["agreements"])
     return figures.save(figure, folder, NAME)

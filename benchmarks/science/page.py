@@ -14,13 +14,16 @@ PAGE = Path(__file__).parent / "README.md"
 
 
 def write(experiments: Mapping[str, Any], folder: Path, path: Path = PAGE) -> Path:
-    """Of every experiment, a module by its name, whose result file lies in ``folder``; the others' tables stay."""
+    """Of every experiment, a module by its name, whose result file lies in ``folder``; the others' tables stay.
+
+    The wall times stay unless all are there.
+    """
     text = path.read_text()
-    for name, experiment in experiments.items():
-        if (folder / f"{name}.json").exists():
-            content = records.read(folder, name)
-            table = markdown(experiment.HEADINGS, experiment.summary(content))
-            text = between(text, name, table + "\n\n" + _agreement(content))
+    found = {name: records.read(folder, name) for name in experiments if (folder / f"{name}.json").exists()}
+    for name, content in found.items():
+        text = between(text, name, _story(experiments[name], content))
+    if len(found) == len(experiments):
+        text = between(text, "wall time", _wall_times(found))
     path.write_text(text)
     return path
 
@@ -39,6 +42,20 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _agreement(content: Content) -> str:
+def _story(experiment: Any, content: Content) -> str:
     found = content["agreements"]
-    return markdown(agreement.HEADINGS, agreement.summary(found)) + f"\n\n{agreement.caption(found)}"
+    return "\n\n".join([
+        f"{experiment.title(content)}:", markdown(experiment.HEADINGS, experiment.summary(content)),
+        "\n".join(f"- {finding}" for finding in experiment.findings(content)),
+        f"{agreement.title(found)}:", markdown(agreement.HEADINGS, agreement.summary(found)),
+    ])  # fmt: skip
+
+
+def _wall_times(found: Mapping[str, Content]) -> str:
+    rows = [
+        (name, c["device"], str(c["processes"]), f"{c['wall_seconds']:.0f}", c["environment"]["commit"])
+        for name, c in found.items()
+    ]
+    total = sum(content["wall_seconds"] for content in found.values())
+    rows.append(("all", "", "", f"{total:.0f}", ""))
+    return markdown(("experiment", "device", "processes", "wall time, s", "commit"), rows)

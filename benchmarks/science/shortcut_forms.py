@@ -11,20 +11,17 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from types import ModuleType
 from typing import cast
 
 import torch
 from images import Images
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import resfused
-from resfused import reference
 from resfused.norms import forked_tail
 from science import figures
 from science.agreement import QUICK, Comparison, as_record, compare, comparisons
+from science.libraries import FUSED, LIBRARIES, REFERENCE
 from science.network_passes import count_passes
 from science.records import Content, rounded
 from science.session import DEFAULT, FULL, SHORT, Session, Source, long_run, long_runs_on
@@ -32,7 +29,6 @@ from science.training import Curve, Recipe, accuracy, train
 
 NAME = "shortcut_forms"
 IDENTITY, LINEAR, PROJECTION = FORMS = ("identity", "linear projection", "projection with norm")
-LIBRARIES = {"reference": reference, "fused": resfused}
 # Of a block's activations, by the projection itself: forward x in, s out; backward ds twice, x, dx. Each operator is
 # taken to read its inputs once and to write its output once, as in traffic.eager_passes.
 PROJECTION_PASSES = 6
@@ -82,21 +78,21 @@ class NormedProjectionBlock(resfused.LinearResidualBlock):
         return forked_tail(self.bn2, self.fc2(out), projection(shortcut), norm, forked)
 
 
-def block_of(form: str, features: int, library: ModuleType) -> nn.Module:
-    """(N, features) in and out; of ``resfused.reference`` or ``resfused``."""
-    fused_projection = form == PROJECTION and library is resfused
-    block: nn.Module = (NormedProjectionBlock if fused_projection else library.LinearResidualBlock)(features)
+def block_of(form: str, features: int, library: str) -> nn.Module:
+    """(N, features) in and out; the block of ``library``."""
+    fused_projection = form == PROJECTION and library == FUSED
+    block: nn.Module = (NormedProjectionBlock if fused_projection else LIBRARIES[library].LinearResidualBlock)(features)
     if form != IDENTITY:
         projection = nn.Linear(features, features, bias=False)
         block.shortcut = projection if form == LINEAR else nn.Sequential(projection, nn.BatchNorm1d(features))
     return block
 
 
-def build(form: str, blocks: int, width: int, seed: int, library: ModuleType, images: Images) -> nn.Sequential:
+def build(form: str, blocks: int, width: int, seed: int, library: str, images: Images) -> nn.Sequential:
     """(N, C, H, W) in, (N, classes) out. The branches of a seed are the same in every form and of either library."""
     pixels = images.training[0][0].numel()
     torch.manual_seed(seed)
-    layers: list[nn.Module] = [library.LinearResidualBlock(pixels, width)]
+    layers: list[nn.Module] = [LIBRARIES[library].LinearResidualBlock(pixels, width)]
     layers += [block_of(IDENTITY, width, library) for _ in range(blocks)]
     head = nn.Linear(width, images.classes)
     # Shortcuts are drawn last, so that they change no other random number.
@@ -104,7 +100,7 @@ def build(form: str, blocks: int, width: int, seed: int, library: ModuleType, im
         branch = layers[i].state_dict()
         layers[i] = block_of(form, width, library)
         layers[i].load_state_dict(branch, strict=False)
-    chain = getattr(library, "Sequential", nn.Sequential)
+    chain = getattr(LIBRARIES[library], "Sequential", nn.Sequential)
     network: nn.Sequential = chain(nn.Flatten(), *layers, head)
     return network
 
@@ -112,7 +108,7 @@ def build(form: str, blocks: int, width: int, seed: int, library: ModuleType, im
 def train_one(job: Job) -> Result:
     s = job.settings
     images = job.source.load(job.seed)
-    network = build(job.form, s.blocks, s.width, job.seed, LIBRARIES[job.library], images)
+    network = build(job.form, s.blocks, s.width, job.seed, job.library, images)
     with long_run() as device:
         curve = train(network.to(device), images, s.recipe, device, torch.float32)
         return Result(curve, accuracy(network, images, device, torch.float32, s.recipe.batch_size))
@@ -128,7 +124,7 @@ def measure(session: Session) -> Content:
     results = session.run(train_one, jobs, "Training with each shortcut")
     agreements = session.run(compare, _comparisons(settings, session), "Fused against reference, step by step")
     images = session.source.load(0)
-    networks = {form: build(form, settings.blocks, settings.width, 0, reference, images) for form in FORMS}
+    networks = {form: build(form, settings.blocks, settings.width, 0, REFERENCE, images) for form in FORMS}
     return {
         "settings": {**asdict(settings), "seeds": seeds, "data": session.source.data},
         "fused_curves_on": long_runs_on(),
@@ -149,9 +145,7 @@ def _comparisons(settings: Settings, session: Session) -> list[Comparison]:
     blocks, width, recipe = settings.agreement_blocks, settings.agreement_width, settings.agreement_recipe
     if session.on_gpu:
         blocks, width, recipe = settings.blocks, settings.width, settings.recipe
-    networks = {
-        form: tuple(partial(build, form, blocks, width, 0, library) for library in LIBRARIES.values()) for form in FORMS
-    }
+    networks = {form: tuple(partial(build, form, blocks, width, 0, library) for library in LIBRARIES) for form in FORMS}
     return comparisons(networks, recipe, session)
 
 
@@ -161,14 +155,14 @@ def _full_length_difference(jobs: list[Job], results: list[Result]) -> dict[str,
     return {
         form: max(
             abs(a - b)
-            for job in jobs if (job.form, job.library) == (form, "fused")
-            for a, b in zip(losses[form, "fused", job.seed], losses[form, "reference", job.seed], strict=True)
+            for job in jobs if (job.form, job.library) == (form, FUSED)
+            for a, b in zip(losses[form, FUSED, job.seed], losses[form, REFERENCE, job.seed], strict=True)
         )
         for form in FORMS
     }  # fmt: skip
 
 
-def accuracies(content: Content, form: str, blocks: str = "fused") -> list[float]:
+def accuracies(content: Content, form: str, blocks: str = FUSED) -> list[float]:
     return [run["accuracy"] for run in content["runs"] if (run["form"], run["blocks"]) == (form, blocks)]
 
 
@@ -182,7 +176,7 @@ def summary(content: Content) -> list[list[str]]:
         found, passes = accuracies(content, form), content["passes"][form]
         times = [
             mean(run["ms_per_step"] for run in content["runs"] if (run["form"], run["blocks"]) == (form, blocks))
-            for blocks in ("fused", "reference")
+            for blocks in (FUSED, REFERENCE)
         ]
         rows.append([
             form, f"{content['parameters'][form]:,}", f"{passes['fused']:.2f} / {passes['eager']:.2f}",
@@ -192,40 +186,54 @@ def summary(content: Content) -> list[list[str]]:
     return rows
 
 
-def show(content: Content, console: Console) -> None:
-    table = Table(
-        title=f"Shortcut forms: {content['settings']['blocks'] + 1} fully connected blocks, equal steps",
-        caption=f"Fused curves on {content['fused_curves_on']}.",
-    )
-    for heading in HEADINGS:
-        table.add_column(heading)
-    for row in summary(content):
-        table.add_row(*row)
-    console.print(table)
+def title(content: Content) -> str:
+    blocks = content["settings"]["blocks"]
+    return f"Shortcut forms: {blocks} fully connected blocks, equal steps, fused curves on {content['fused_curves_on']}"
+
+
+def findings(content: Content) -> list[str]:
+    found = []
+    for form in FORMS[1:]:
+        pairs = zip(accuracies(content, form), accuracies(content, IDENTITY), strict=True)
+        differences = [a - b for a, b in pairs]
+        found.append(
+            f"{form.capitalize()} against identity, seed by seed: {mean(differences):+.2%} of validation accuracy on "
+            f"average ({min(differences):+.2%} to {max(differences):+.2%})."
+        )
+    return found + [
+        f"{form}, whole trainings in float32: the losses of fused, on {content['fused_curves_on']}, and reference "
+        f"differ by at most {difference:.2g}."
+        for form, difference in content["full_length_difference"].items()
+    ]
 
 
 def draw(content: Content, folder: Path) -> Path:
-    figure, axes = figures.panels(1, 3, 12.5, 4.2, width_ratios=(1, 1, 0.9))
-    curves, cost, agreement = axes[0]
+    best = max(FORMS, key=lambda form: mean(accuracies(content, form)))
+    title = (
+        f"Validation accuracy at equal steps: {mean(accuracies(content, best)):.1%} with {best}, "
+        f"{mean(accuracies(content, IDENTITY)):.1%} with identity, the fewest parameters"
+    )
+    figure, axes = figures.panels(1, 3, 13, 4.4, title, width_ratios=(1, 1, 0.95))
+    errors, cost, agreement = axes[0]
     for form, colour in zip(FORMS, (figures.BLUE, figures.VERMILION, figures.GREEN), strict=True):
-        errors = [
-            [100 * e for e in run["errors"]]
-            for run in content["runs"]
-            if (run["form"], run["blocks"]) == (form, "fused")
-        ]
-        epochs = range(1, len(errors[0]) + 1)
-        figures.with_spread(curves, epochs, errors, colour, label=form)
-        found = [100 * a for a in accuracies(content, form)]
-        parameters = content["parameters"][form]
-        cost.plot([parameters / 1e3] * len(found), found, "o", color=colour, alpha=0.5)
-        cost.plot(parameters / 1e3, mean(found), "_", color=colour, markersize=22, markeredgewidth=2.5)
-        figures.label(cost, parameters / 1e3, max(found), form, colour, xytext=(0, 8), ha="center")
-    curves.set_yscale("log")
-    curves.legend(frameon=False)
-    curves.set_xlabel("epoch")
-    curves.set_ylabel("training error, %")
-    cost.set_xlabel("parameters, thousands")
+        runs = [run for run in content["runs"] if (run["form"], run["blocks"]) == (form, FUSED)]
+        percent = [[100 * error for error in run["errors"]] for run in runs]
+        figures.with_spread(errors, range(1, len(percent[0]) + 1), percent, colour, label=form)
+        found, parameters = [100 * a for a in accuracies(content, form)], content["parameters"][form] / 1e3
+        position = FORMS.index(form)
+        cost.plot([position] * len(found), found, "o", color=colour, alpha=0.5)
+        cost.plot(position, mean(found), "_", color=colour, markersize=26, markeredgewidth=2.5)
+        text = f"{form}\n{parameters:.0f}k parameters"
+        figures.label(cost, position, max(found), text, colour, xytext=(0, 14), ha="center", fontsize=8.5)
+    errors.set_yscale("symlog", linthresh=0.1)
+    errors.set_ylim(0, 100)
+    errors.legend(frameon=False)
+    errors.set_title(f"training, {len(content['settings']['seeds'])} seeds")
+    errors.set_xlabel("epoch")
+    errors.set_ylabel("training error, %")
+    cost.set_title("each seed, and the mean")
     cost.set_ylabel("validation accuracy, %")
-    cost.margins(x=0.3, y=0.2)
+    cost.set_xticks([])
+    cost.margins(x=0.3, y=0.25)
     figures.draw_agreement(agreement, content["agreements"])
     return figures.save(figure, folder, NAME)
