@@ -24,7 +24,7 @@ from science import figures
 from science.agreement import QUICK, TINY, Comparison, as_record, compare, comparisons
 from science.gradients import Profile, profile
 from science.libraries import FUSED, LIBRARIES, REFERENCE
-from science.network_passes import count_passes
+from science.network_passes import as_sentence, count_passes
 from science.records import Content, rounded
 from science.session import DEFAULT, FULL, SHORT, Session, Source, long_run, long_runs_on, placed
 from science.training import Recipe, first_batch, train
@@ -199,7 +199,7 @@ def title(content: Content) -> str:
 
 
 def findings(content: Content) -> list[str]:
-    found = []
+    found = [as_sentence(network, passes) for network, passes in content["passes"].items()]
     for depth, time in product(content["settings"]["depths"], TIMES):
         plain, residual = (geometric_mean(ratios(content, kind, depth, time)) for kind in KINDS)
         found.append(

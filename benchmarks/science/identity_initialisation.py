@@ -24,7 +24,7 @@ from resfused import reference
 from science import figures
 from science.agreement import QUICK, TINY, Comparison, as_record, compare, comparisons
 from science.libraries import FUSED, LIBRARIES, REFERENCE
-from science.network_passes import count_passes
+from science.network_passes import as_sentence, count_passes
 from science.records import Content, rounded
 from science.session import DEFAULT, FULL, SHORT, Session, Source, placed
 from science.training import Recipe, first_batch
@@ -52,7 +52,7 @@ class Settings:
 
 
 SETTINGS = {
-    SHORT: Settings(4, 2, 8, 2, (0.1,), 1, (8, 8, 8), Recipe(1, 4, 0.05, steps=2), TINY),
+    SHORT: Settings(2, 2, 8, 2, (0.1,), 1, (8, 8, 8), Recipe(1, 4, 0.05, steps=2), TINY),
     DEFAULT: Settings(
         100, 10, 8, 2, (1.0, 0.1, 0.01), 1, (8, 16, 32), Recipe(20, 64, 0.1), QUICK
     ),
@@ -200,8 +200,7 @@ def title(content: Content) -> str:
 
 
 def findings(content: Content) -> list[str]:
-    """How the deviation of one block goes with the weight."""
-    found = []
+    found = [as_sentence(network, passes) for network, passes in content["passes"].items()]
     weights = content["settings"]["weights"]
     for larger, smaller in pairwise(weights):
         means = [mean(value for run in runs_of(content, FUSED, w) for value in run["each"]) for w in (larger, smaller)]

@@ -50,6 +50,14 @@ def count_passes(network: nn.Module, example: Tensor) -> Passes:
     return Passes(eager / normalised, fused / normalised, places)
 
 
+def as_sentence(network: str, passes: dict[str, Any]) -> str:
+    """Of a record of ``Passes``."""
+    return (
+        f"{network}: {passes['fused']:.2f} passes over memory per normalised element in a training step with fused "
+        f"blocks, {passes['eager']:.2f} with reference blocks."
+    )
+
+
 def _norm_sizes(network: nn.Module, example: Tensor) -> dict[str, int]:
     """Elements of the input of each norm, by its name, for one example."""
     sizes: dict[str, int] = {}
