@@ -33,6 +33,7 @@ import science
 import standard
 import traffic
 import tuning
+from interpreter import keep_patches
 from results import ResultError, load
 from rich.console import Console
 
@@ -85,4 +86,5 @@ def _measure(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    keep_patches()
     sys.exit(main())

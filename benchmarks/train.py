@@ -20,6 +20,7 @@ import checkpoints
 import torch
 from environment import environment
 from images import DIGITS, DataError, Images, importing, load_images
+from interpreter import keep_patches
 from networks import cifar_resnet
 from processes import Interrupt, Processes, launched
 from rich.console import Console
@@ -197,4 +198,5 @@ def _non_negative(text: str) -> float:
 
 
 if __name__ == "__main__":
+    keep_patches()
     sys.exit(main())

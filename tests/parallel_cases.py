@@ -6,6 +6,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from interpreter import keep_patches
 from oracle import assert_close, relative_error
 from small_networks import activations, backward, chain, fused_and_eager, state, step
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,6 +21,7 @@ CPU = torch.device("cpu")
 
 def run(rank, processes, store):
     """Every case in turn; the first that fails raises, and all processes are ended."""
+    keep_patches()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from interpreter import keep_patches
 from oracle import FORMS, in_layout, relative_error
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -325,4 +326,5 @@ def main(rank, processes, store):
 
 
 if __name__ == "__main__":
+    keep_patches()
     sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))

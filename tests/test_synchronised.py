@@ -24,7 +24,10 @@ def test_processes(backend, processes, tmp_path):
     """Every case of synchronised_cases.py, on the CPU with gloo; a process's tracebacks are the message."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"RESFUSED_BACKEND": backend}
     environment |= {"TRITON_INTERPRET": "1"} if backend == "triton" else {}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS.parent / "benchmarks"), str(TESTS)]),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     command = [sys.executable, "-W", "error::FutureWarning:resfused", str(TESTS / "synchronised_cases.py")]
     children, logs = [], []
     for rank in range(processes):
