@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 root = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "resfused" / "version.py").read_text())
@@ -31,9 +31,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=["resfused", "resfused.kernels"],
+    packages=[*find_packages(include=["resfused", "resfused.*"]), "resfused.kernels", "resfused.kernels.gpu"],
     package_dir={"resfused": "resfused", "resfused.kernels": "kernels"},
-    package_data={"resfused": ["py.typed"], "resfused.kernels": ["launch_table.json"]},
+    package_data={"resfused": ["py.typed"], "resfused.kernels.gpu": ["launch_table.json"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.8",

@@ -35,16 +35,15 @@ from typing import NamedTuple
 
 import torch
 from offline import Launch, compiling_for
-from resfused.kernels import launch_table
+from resfused.kernels import gpu
 from resfused.kernels.geometry import Geometry, geometry
+from resfused.kernels.gpu import launch_table
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
-
-from resfused import kernels
 
 KIB = 1024
 IN_FLIGHT = 32 * KIB
@@ -186,20 +185,20 @@ def compile_launches(form: str, phase: str, dtype: torch.dtype, layout: str, sha
     def activation() -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta", memory_format=LAYOUTS[layout])
 
-    def norm() -> kernels.Norm:
+    def norm() -> gpu.Norm:
         vectors = [torch.empty(shape[1], dtype=accumulator, device="meta") for _ in range(4)]
-        return kernels.Norm(*vectors, momentum=0.1, eps=1e-5)
+        return gpu.Norm(*vectors, momentum=0.1, eps=1e-5)
 
-    accumulator = kernels.accumulator(activation())
+    accumulator = gpu.accumulator(activation())
     x = activation()
     residual = activation() if has_residual else None
     norms = norm(), norm() if norm_residual else None
     if phase != "training backward":
         training = phase == "training forward"
-        kernels.forward(x, residual, *norms, training=training, save_mask=training)
+        gpu.forward(x, residual, *norms, training=training, save_mask=training)
         return
     masked = has_residual and not norm_residual
-    kernels.backward(
+    gpu.backward(
         activation(),
         None,
         x,
@@ -208,7 +207,7 @@ def compile_launches(form: str, phase: str, dtype: torch.dtype, layout: str, sha
         torch.empty(geometry(x).mask_numel, dtype=torch.uint8, device="meta") if masked else None,
         torch.empty((4 if norm_residual else 2, shape[1]), dtype=accumulator, device="meta"),
         *norms,
-        kernels.Gradients(*[True] * 6),
+        gpu.Gradients(*[True] * 6),
     )
 
 

@@ -21,7 +21,8 @@ import torch
 from nodes import FORMS, NETWORKS, NORM_ADD_RELU, NORM_RELU, Node
 from problems import DTYPES, LAYOUTS
 from recorder import Launch, record, require_interpreter
-from resfused.kernels import launch_table
+from resfused.kernels import geometry
+from resfused.kernels.gpu import launch_table
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -29,8 +30,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resfused import reference
-from resfused.arguments import Norm
-from resfused.dispatch import normalise_add_relu
+from resfused.operator.arguments import Norm
+from resfused.operator.dispatch import normalise_add_relu
 
 FORWARD, BACKWARD, FORKED, EVAL = PHASES = ("forward", "backward", "backward of a fork", "eval")
 SEPARATE, ONE_LAUNCH = WAYS = ("separate launches", "one launch")
@@ -105,7 +106,7 @@ def reduced(shape: Shape, layout: str) -> Shape:
     if layout == "channels_last":
         return 1, channels, 1, max(2, COUNTED_ELEMENTS // channels)
     # As few images as leave the kernels the walk that they take through the whole shape.
-    images = launch_table.COLUMNS_LEAST_IMAGES if launch_table.walks_columns(shape[0], height * width) else 1
+    images = geometry.COLUMNS_LEAST_IMAGES if geometry.walks_columns(shape[0], height * width) else 1
     return images, min(channels, max(1, COUNTED_ELEMENTS // (images * height * width))), height, width
 
 

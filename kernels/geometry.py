@@ -8,7 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import launch_table
+# A contiguous tensor is walked by columns where it has so many images, and planes that fill rows of a tile worse than
+# this or are not made of whole 16 bytes in half precision.
+COLUMNS_LEAST_IMAGES = 32
+COLUMNS_MOST_FILLED = 0.9
+COLUMNS_ROW = 64
 
 
 class Geometry(NamedTuple):
@@ -61,13 +65,20 @@ def is_channels_last(x: Tensor) -> bool:
     return one_position or (not x.is_contiguous() and _strides_channels_last(x))
 
 
+def walks_columns(images: int, plane: int) -> bool:
+    """Whether a contiguous tensor's planes are too small to be walked one by one."""
+    if images < COLUMNS_LEAST_IMAGES:
+        return False
+    return plane % 8 != 0 or plane < COLUMNS_MOST_FILLED * COLUMNS_ROW * -(-plane // COLUMNS_ROW)
+
+
 def geometry(x: Tensor) -> Geometry:
     """The geometry of a dense activation, as ``dense`` returns it."""
     batch, channels = x.shape[0], x.shape[1]
     spatial = x.numel() // max(batch * channels, 1)
     if is_channels_last(x):
         return Geometry(True, 1, batch * spatial, channels)
-    if launch_table.walks_columns(batch, spatial):
+    if walks_columns(batch, spatial):
         return Geometry(True, 1, batch, channels * spatial, spatial)
     return Geometry(False, batch, spatial, channels)
 

@@ -18,8 +18,7 @@ from .blocks import (
     ResidualBlock,
     Sequential,
 )
-from .conversion import fuse_, unfuse_
-from .function import FusedResidualBlock
+from .conversion import Fused, Left, Report, fuse_, unfuse_
 from .norms import (
     BatchNormAddReLU1d,
     BatchNormAddReLU2d,
@@ -32,8 +31,7 @@ from .norms import (
     convert_sync_batchnorm,
     tail,
 )
-from .report import Fused, Left, Report
-from .synchronised import SynchronisedResidualBlock
+from .operator import FusedResidualBlock, SynchronisedResidualBlock
 from .version import __version__
 
 __all__ = [

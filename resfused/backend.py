@@ -14,7 +14,7 @@ from torch import Tensor
 
 kernels: ModuleType | None
 try:
-    kernels = import_module(".kernels", __package__)
+    kernels = import_module(".kernels.gpu", __package__)
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .arguments import Norm, check_call, check_tensor
-from .dispatch import normalise_add_relu
+from .operator.arguments import Norm, check_call, check_tensor
+from .operator.dispatch import normalise_add_relu
 
 
 def batch_norm_relu(

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import synchronised
-from .arguments import Norm, check_call
-from .dispatch import normalise_add_relu
+from .operator import synchronised
+from .operator.arguments import Norm, check_call
+from .operator.dispatch import normalise_add_relu
 
 
 def _call(norm: _BatchNorm) -> tuple[bool, Norm]:

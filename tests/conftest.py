@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ def device():
 @pytest.fixture
 def small_launches():
     """Tiles and grids so small that every loop turns, every tail is ragged and every merge has parts."""
-    from resfused.kernels import launch_table
+    from resfused.kernels import geometry
+    from resfused.kernels.gpu import launch_table
 
     entry = launch_table.Entry(elements=64, inner=16, programs=12, warps=1)
     small = launch_table.using(
@@ -40,18 +42,16 @@ def small_launches():
         TICKETED=dict.fromkeys(launch_table.TICKETED, entry),
         MERGE=(2, 4),
         MERGED_ELEMENTS=32,
-        COLUMNS_LEAST_IMAGES=4,
-        COLUMNS_ROW=16,
         CHANNEL_MAJOR=True,
     )
-    with small:
+    with small, mock.patch.multiple(geometry, COLUMNS_LEAST_IMAGES=4, COLUMNS_ROW=16):
         yield
 
 
 @pytest.fixture(params=["separate launches", "one launch"])
 def launches(request):
     """Both ways to launch a training node."""
-    from resfused.kernels import launch_table
+    from resfused.kernels.gpu import launch_table
 
     nodes = launch_table.EVERY_NODE if request.param == "one launch" else launch_table.NO_NODE
     with launch_table.using(ONE_LAUNCH_ELEMENTS=nodes):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resfused
-from resfused.fused_forward import FusedForward
+from resfused.conversion.fused_forward import FusedForward
 
 
 class BasicBlock(nn.Module):

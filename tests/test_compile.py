@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import resfused
-from resfused import ops
+from resfused.operator import ops
 
 
 def arguments(p, mask):

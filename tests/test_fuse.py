@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import resfused
-from resfused.fused_forward import FusedForward
+from resfused.conversion.fused_forward import FusedForward
 
 CHANNELS = 4
 RELU, ADD, ADD_NORM = "norm+relu", "norm+add+relu", "norm+add(norm)+relu"

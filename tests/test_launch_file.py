@@ -11,10 +11,10 @@ import pytest
 import torch
 from oracle import FORMS, LAYOUTS, problem, run
 from recorder import record
-from resfused.kernels import launch_file, launch_table
-from resfused.kernels.forward import tile_options
 from resfused.kernels.geometry import Geometry
-from resfused.kernels.launch_file import Entry
+from resfused.kernels.gpu import launch_file, launch_table
+from resfused.kernels.gpu.forward import tile_options
+from resfused.kernels.gpu.launch_file import Entry
 
 import resfused.functional as fused
 
@@ -57,7 +57,7 @@ def refusal(content: object, path: Path) -> str:
 
 def test_the_file_says_what_is_in_force() -> None:
     table = launch_file.read()
-    assert launch_file.PATH == ROOT / "kernels" / "launch_table.json"
+    assert launch_file.PATH == ROOT / "kernels" / "gpu" / "launch_table.json"
     for name, value in table.constants.items():
         # The environment may say otherwise of this one.
         assert name == "ONE_LAUNCH_ELEMENTS" or getattr(launch_table, name) == value

@@ -14,7 +14,7 @@ import zoo
 from oracle import assert_close
 
 import resfused
-from resfused import dispatch
+from resfused.operator import dispatch
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-7

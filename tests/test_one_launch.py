@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from oracle import FORMS, LAYOUTS, TOLERANCE, assert_close, problem, run
-from resfused.kernels import launch_table
 from resfused.kernels.geometry import Geometry
-from resfused.kernels.tickets import take_turn
+from resfused.kernels.gpu import launch_table
+from resfused.kernels.gpu.tickets import take_turn
 
 import resfused.functional as fused
 from resfused import reference
@@ -80,7 +80,7 @@ def test_one_launch_is_one_launch(device, monkeypatch):
             launched.append(self.name)
             return self.kernel[grid]
 
-    for module in (import_module("resfused.kernels.forward"), import_module("resfused.kernels.backward")):
+    for module in (import_module("resfused.kernels.gpu.forward"), import_module("resfused.kernels.gpu.backward")):
         for name in [name for name in dir(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Spy(name, getattr(module, name)))
     for form in FORMS:

@@ -13,7 +13,8 @@ from torch import nn
 from torch.library import opcheck
 
 import resfused
-from resfused import ops, phases, reference
+from resfused import reference
+from resfused.operator import ops, phases
 
 TESTS = Path(__file__).parent
 SECONDS = 150

@@ -185,7 +185,7 @@ def test_traffic_from_a_reduced_shape_is_that_of_the_shape(layout: str, monkeypa
 def test_partial_results_have_the_size_of_the_real_launch() -> None:
     """Statistics write each program's mean and M2 of its channels, and each block's counts; the merge reads them."""
     geometry = importlib.import_module("resfused.kernels.geometry").Geometry(True, 1, 256 * 49, 512)
-    launch = importlib.import_module("resfused.kernels.launch_table").streaming("statistics", geometry)
+    launch = importlib.import_module("resfused.kernels.gpu.launch_table").streaming("statistics", geometry)
     programs = launch.programs
     statistics, merge, _ = traffic.count_node(
         nodes.NORM_RELU, traffic.FORWARD, traffic.SEPARATE, "channels_last", HALF, (256, 512, 7, 7)

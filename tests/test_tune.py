@@ -19,8 +19,9 @@ import tuning
 from nodes import FORMS, Node, resnet50_nodes
 from oracle import TOLERANCE, assert_close, problem
 from oracle import run as run_node
-from resfused.kernels import launch_file, launch_table
-from resfused.kernels.launch_file import Entry, Table
+from resfused.kernels import gpu
+from resfused.kernels.gpu import launch_file, launch_table
+from resfused.kernels.gpu.launch_file import Entry, Table
 from triton.runtime.errors import OutOfResources
 from tuning import ahead, directions
 from tuning.directions import Case, Measured
@@ -28,7 +29,7 @@ from tuning.plan import DIRECTIONS, PARTS, cases_of, plan
 from tuning.search import AGAIN, PRESENT, Comparison, OutOfTimeError, PresentFailsError, Search, compare_cases
 
 import resfused.functional as fused
-from resfused import kernels, reference
+from resfused import reference
 
 KERNELS = [*launch_file.STREAMING_KERNELS, *launch_file.DIRECTIONS]
 LAYOUTS = list(launch_file.LAYOUTS)
@@ -213,7 +214,7 @@ def test_wrong_and_impossible_candidates_have_no_times(device: torch.device, mon
         "wrong": table._replace(channel_major=True),
         "impossible": table._replace(second_phase_reversed=False),
     }
-    forward = kernels.forward
+    forward = gpu.forward
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         if not launch_table.SECOND_PHASE_REVERSED:
@@ -221,7 +222,7 @@ def test_wrong_and_impossible_candidates_have_no_times(device: torch.device, mon
         y, mask, stats = forward(*args, **kwargs)
         return (y * 1.05 if launch_table.CHANNEL_MAJOR else y), mask, stats
 
-    monkeypatch.setattr(kernels, "forward", broken)
+    monkeypatch.setattr(gpu, "forward", broken)
     monkeypatch.setattr(timing, "warm_ups", lambda device: 0)
     case = Case("forward", Node(FORMS[0], 4, 3, 3, 1), 2, "float32", "contiguous")
     measured = directions.measure(case, variants, 2, device)

@@ -21,7 +21,7 @@ import torch
 from environment import environment
 from nodes import resnet50_nodes
 from problems import DTYPES, LAYOUTS
-from resfused.kernels import launch_file, launch_table
+from resfused.kernels.gpu import launch_file, launch_table
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from offline import compiling_for
-from resfused.kernels import launch_table
+from resfused.kernels.gpu import launch_table
 
 from tuning.directions import Case
 

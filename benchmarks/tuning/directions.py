@@ -13,11 +13,12 @@ import torch
 from gate import FACTOR, LEAST, relative_error
 from nodes import NORM_ADD_NORM_RELU, NORM_ADD_RELU, NORM_RELU, Node
 from problems import DTYPES, LAYOUTS, Problem, problem
-from resfused.kernels import launch_table
+from resfused.kernels import gpu
 from resfused.kernels.geometry import Geometry, geometry
+from resfused.kernels.gpu import launch_table
 from torch import Tensor
 
-from resfused import kernels, reference
+from resfused import reference
 
 MOMENTUM, EPS = 0.1, 1e-5
 
@@ -68,7 +69,7 @@ class Direction:
     def forward(self) -> Any:
         """(y, mask, stats)"""
         x, *residual = self.problem.activations
-        return kernels.forward(x, residual[0] if residual else None, *self._norms(), training=True, save_mask=True)
+        return gpu.forward(x, residual[0] if residual else None, *self._norms(), training=True, save_mask=True)
 
     def run(self) -> Any:
         """What is timed."""
@@ -77,8 +78,8 @@ class Direction:
     def _backward(self) -> Any:
         x, *residual = self.problem.activations
         normed = self.problem.form == NORM_ADD_NORM_RELU
-        wanted = kernels.Gradients(True, len(residual) > 0, True, True, normed, normed)
-        return kernels.backward(
+        wanted = gpu.Gradients(True, len(residual) > 0, True, True, normed, normed)
+        return gpu.backward(
             self.problem.dy,
             self.dy_fork,
             x,
@@ -93,7 +94,7 @@ class Direction:
     def _norms(self) -> list[Any]:
         p = self.problem
         norms = [
-            kernels.Norm(*p.parameters[i : i + 2], *p.running[i : i + 2], momentum=MOMENTUM, eps=EPS)
+            gpu.Norm(*p.parameters[i : i + 2], *p.running[i : i + 2], momentum=MOMENTUM, eps=EPS)
             for i in range(0, len(p.parameters), 2)
         ]
         return norms if len(norms) == 2 else [*norms, None]
@@ -107,7 +108,7 @@ class Direction:
             return {f"gradient {i}": g for i, g in enumerate(gradients)}
         y, mask, _ = given
         found = {"output": y} | {f"running statistic {i}": t for i, t in enumerate(p.running)}
-        return found if mask is None else found | {"mask": kernels.unpack_mask(mask, y).to(y.dtype)}
+        return found if mask is None else found | {"mask": gpu.unpack_mask(mask, y).to(y.dtype)}
 
     def exact(self) -> dict[str, Tensor]:
         """The same in float64, by PyTorch."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from resfused.kernels.launch_file import LAYOUTS, Entry
+from resfused.kernels.gpu.launch_file import LAYOUTS, Entry
 
 from tuning.directions import Case
 from tuning.search import Comparison, Step

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nodes import FORMS, Node
-from resfused.kernels import launch_file
+from resfused.kernels.gpu import launch_file
 
 from tuning.directions import Case
 from tuning.places import NUMBERS, SWITCHES, Number, OneLaunchLimit, Switch

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import kernels, require_kernels
+from ..backend import kernels, require_kernels
 
 if kernels is not None:
     from . import ops

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import FLOATS
+from ..backend import FLOATS
 
 
 class Norm(NamedTuple):

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..norms import is_watched
 from .matching import Matcher, calls_of, is_identity, is_norm
-from .norms import is_watched
 from .planning import Planner
 from .report import Fused, Left
 from .tracing import UntraceableError

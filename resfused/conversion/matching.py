@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..norms import is_watched
 from .calls import functional_tail, tail_pair
-from .norms import is_watched
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.fx.node import _get_qualified_name
 from torch.nn.modules.module import _has_any_global_hook
 
-from .blocks import ForkedBlock, takes_pairs
+from ..blocks import ForkedBlock, takes_pairs
+from ..norms import is_watched
 from .matching import is_norm
-from .norms import is_watched
 from .tracing import Container, Read
 
 _numbers = count()

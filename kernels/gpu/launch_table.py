@@ -6,15 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from ..geometry import Geometry
 from . import launch_file
 from .launch_file import Entry as Entry
-
-if TYPE_CHECKING:
-    from .geometry import Geometry
 
 
 class Launch(NamedTuple):
@@ -54,11 +52,6 @@ _ASKED = os.environ.get("RESFUSED_ONE_LAUNCH")
 if _ASKED not in (None, "0", "1"):
     raise ValueError(f"RESFUSED_ONE_LAUNCH must be 0 or 1, or not be set, but is {_ASKED!r}")
 ONE_LAUNCH_ELEMENTS = {None: _TUNED.one_launch_elements, "0": NO_NODE, "1": EVERY_NODE}[_ASKED]
-# A contiguous tensor is walked by columns where it has so many images, and planes that fill rows of a tile worse than
-# this or are not made of whole 16 bytes in half precision.
-COLUMNS_LEAST_IMAGES = 32
-COLUMNS_MOST_FILLED = 0.9
-COLUMNS_ROW = 64
 # Of the L2 cache, what two slices may take: one between its phases, and the next one's first.
 L2_SHARE = 0.8
 # The narrowest slice of a channels_last tensor, in bytes.
@@ -106,13 +99,6 @@ def takes_one_launch(direction: str, g: Geometry) -> bool:
     """
     most = ONE_LAUNCH_ELEMENTS[direction, g.channels_last]
     return g.plane == 1 and (most is None or g.numel <= most)
-
-
-def walks_columns(images: int, plane: int) -> bool:
-    """Whether a contiguous tensor's planes are too small to be walked one by one."""
-    if images < COLUMNS_LEAST_IMAGES:
-        return False
-    return plane % 8 != 0 or plane < COLUMNS_MOST_FILLED * COLUMNS_ROW * -(-plane // COLUMNS_ROW)
 
 
 @cached

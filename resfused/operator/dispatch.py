@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference
+from .. import reference
+from ..backend import backend_for, kernels
 from .arguments import NO_NORM, Norm
-from .backend import backend_for, kernels
 from .function import FusedResidualBlock
 
 if kernels is not None:

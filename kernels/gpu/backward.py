@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..geometry import Geometry, dense, geometry, in_layout_of
 from . import launch_table
 from .forward import Norm, accumulator, means_and_rstds, one_launch_options, tile_options
-from .geometry import Geometry, dense, geometry, in_layout_of
 from .tickets import is_last_to_arrive, open_second_phase, take_turn, wait_for_second_phase
 from .tile import (
     affine,

@@ -12,10 +12,10 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .blocks import ForkedBlock
+from ..blocks import ForkedBlock
+from ..norms import FUSED_NORMS, is_watched
 from .fused_forward import FusedForward, Kind, Plan, forked_call
 from .matching import Matcher, Site, is_called_once, is_fresh, is_identity, is_norm, is_plain_call, result_of
-from .norms import FUSED_NORMS, is_watched
 from .pairs import call_for_pair, hand_on, open_ends, pair_call, readers
 from .report import Fused
 from .tracing import Container, Read, Trace, UntraceableError, trace

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import functional
-from .norms import forked_tail
+from .. import functional
+from ..norms import forked_tail
 
 
 def tail_pair(

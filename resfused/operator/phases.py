@@ -1,4 +1,4 @@
-"""The phases of a training node in plain PyTorch: each as the operator of the same name in ``resfused.ops``.
+"""The phases of a training node in plain PyTorch: each as the operator of the same name in ``ops``.
 
 The dtype of the arithmetic is that of the kernels. An empty batch has statistics and sums of zero.
 """

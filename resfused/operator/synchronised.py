@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..backend import backend_for, kernels
 from . import phases
 from .arguments import NO_NORM, Norm
-from .backend import backend_for, kernels
 
 if kernels is not None:
     from . import ops

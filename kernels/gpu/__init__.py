@@ -1,0 +1,28 @@
+"""The Triton kernels."""
+
+from triton import knobs
+
+from ..geometry import dense, geometry, unpack_mask
+from . import launch_table
+from .backward import Gradients, backward, input_gradients, local_sums
+from .forward import Norm, accumulator, forward, local_statistics, normalise
+
+INTERPRETED: bool = bool(knobs.runtime.interpret)
+"""Whether the kernels run on the CPU, in Triton's interpreter. Read once, when they are defined."""
+
+__all__ = [
+    "INTERPRETED",
+    "Gradients",
+    "Norm",
+    "accumulator",
+    "backward",
+    "dense",
+    "forward",
+    "geometry",
+    "input_gradients",
+    "launch_table",
+    "local_statistics",
+    "local_sums",
+    "normalise",
+    "unpack_mask",
+]
