@@ -13,8 +13,8 @@ from oracle import FORMS, LAYOUTS, problem, run
 from recorder import record
 from resfused.kernels.geometry import Geometry
 from resfused.kernels.gpu import launch_file, launch_table
-from resfused.kernels.gpu.forward import tile_options
 from resfused.kernels.gpu.launch_file import Entry
+from resfused.kernels.gpu.launching import tile_options
 
 import resfused.functional as fused
 
@@ -145,7 +145,7 @@ def table_module(monkeypatch: pytest.MonkeyPatch, value: str | None) -> ModuleTy
         monkeypatch.delenv("RESFUSED_ONE_LAUNCH", raising=False)
     else:
         monkeypatch.setenv("RESFUSED_ONE_LAUNCH", value)
-    spec = spec_from_file_location("resfused.kernels.another", launch_table.__file__)
+    spec = spec_from_file_location("resfused.kernels.gpu.another", launch_table.__file__)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)

@@ -80,7 +80,8 @@ def test_one_launch_is_one_launch(device, monkeypatch):
             launched.append(self.name)
             return self.kernel[grid]
 
-    for module in (import_module("resfused.kernels.gpu.forward"), import_module("resfused.kernels.gpu.backward")):
+    for name in ("statistics", "normalise", "forward", "reduce", "apply", "backward"):
+        module = import_module(f"resfused.kernels.gpu.{name}")
         for name in [name for name in dir(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Spy(name, getattr(module, name)))
     for form in FORMS:

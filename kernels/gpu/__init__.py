@@ -2,10 +2,11 @@
 
 from triton import knobs
 
+from ..call import Gradients, Norm, accumulator
 from ..geometry import dense, geometry, unpack_mask
 from . import launch_table
-from .backward import Gradients, backward, input_gradients, local_sums
-from .forward import Norm, accumulator, forward, local_statistics, normalise
+from .backward import backward, input_gradients, local_sums
+from .forward import forward, local_statistics, normalise
 
 INTERPRETED: bool = bool(knobs.runtime.interpret)
 """Whether the kernels run on the CPU, in Triton's interpreter. Read once, when they are defined."""

@@ -1,12 +1,55 @@
-"""Device functions on one tile: where it lies, its ReLU bits, its norm, its statistics.
+"""Device functions on one tile: which it is, where it lies, its ReLU bits, its norm, its statistics.
 
 A tile has an outer and an inner axis, the inner one contiguous in memory: (positions, channels) for a channels_last
 tensor, (channels, positions) for a contiguous one. ``CHANNELS_LAST`` says which; everything else is shared.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from triton import knobs
+
+
+class Tiling(NamedTuple):
+    """How an activation is cut into tiles, and the dtype of the arithmetic on them. Known to the compiler."""
+
+    CHANNELS_LAST: Any
+    PLANE: Any
+    BLOCK_S: Any
+    BLOCK_C: Any
+    ACC: Any
+
+
+class Walk(NamedTuple):
+    """A program's work: of a block of channels every ``programs``-th of ``tiles``, from number ``program`` on.
+
+    S, C: positions and columns of the activation, each group of it.
+    """
+
+    channel_block: Any
+    program: Any
+    programs: Any
+    tiles: Any
+    S: Any
+    C: Any
+
+
+class Order(NamedTuple):
+    """How a second phase, which reads an activation for the last time, goes about it. Known to the compiler."""
+
+    REVERSED: Any
+    EVICT: Any
+
+
+class NormVectors(NamedTuple):
+    """Pointers to one norm's vectors over channels; ``rstd`` to the variance where statistics are frozen."""
+
+    mean: Any
+    rstd: Any
+    weight: Any
+    bias: Any
+
 
 # The interpreter truncates float32 to bfloat16 where a GPU rounds.
 _INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
@@ -40,29 +83,25 @@ def aligned(S, C, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def schedule(G, S, C, CHANNEL_MAJOR: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(channel block, number within it, programs of it, tiles of it) of this program.
-
-    Neighbours share rows, or with CHANNEL_MAJOR a block of channels.
-    """
-    channel_blocks = tl.cdiv(C, BLOCK_C)
+def first_walk(G, S, C, CHANNEL_MAJOR: tl.constexpr, tiling: tl.constexpr):
+    """What this program does of a first phase. Neighbours share rows, or with CHANNEL_MAJOR a block of channels."""
+    channel_blocks = tl.cdiv(C, tiling.BLOCK_C)
     programs = tl.num_programs(0) // channel_blocks
-    tiles = G * tl.cdiv(S, BLOCK_S)
+    tiles = G * tl.cdiv(S, tiling.BLOCK_S)
     if CHANNEL_MAJOR:
-        return tl.program_id(0) // programs, tl.program_id(0) % programs, programs, tiles
+        return Walk(tl.program_id(0) // programs, tl.program_id(0) % programs, programs, tiles, S, C)
     else:
-        return tl.program_id(0) % channel_blocks, tl.program_id(0) // channel_blocks, programs, tiles
+        return Walk(tl.program_id(0) % channel_blocks, tl.program_id(0) // channel_blocks, programs, tiles, S, C)
 
 
 @triton.jit
-def schedule_second(
-    G, S, C, REVERSED: tl.constexpr, CHANNEL_MAJOR: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """As ``schedule``, for the second phase: REVERSED, it begins with the block that the first ended with."""
-    channel_block, program, programs, tiles = schedule(G, S, C, CHANNEL_MAJOR, BLOCK_S, BLOCK_C)
+def second_walk(G, S, C, CHANNEL_MAJOR: tl.constexpr, REVERSED: tl.constexpr, tiling: tl.constexpr):
+    """As ``first_walk``, for the second phase: REVERSED, it begins with the block that the first ended with."""
+    walk = first_walk(G, S, C, CHANNEL_MAJOR, tiling)
+    channel_block = walk.channel_block
     if REVERSED and CHANNEL_MAJOR:
-        channel_block = tl.cdiv(C, BLOCK_C) - 1 - channel_block
-    return channel_block, program, programs, tiles
+        channel_block = tl.cdiv(C, tiling.BLOCK_C) - 1 - channel_block
+    return Walk(channel_block, walk.program, walk.programs, walk.tiles, S, C)
 
 
 @triton.jit
@@ -82,8 +121,24 @@ def positions_inside(tile, S, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def locate(tile, channel_block, S, C, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+def locate(tile, walk, tiling: tl.constexpr):
     """The 64-bit offset of a tile's first element, the 32-bit offsets of the others from it, which are inside."""
+    return _locate(
+        tile, walk.channel_block, walk.S, walk.C, tiling.CHANNELS_LAST, tiling.BLOCK_S, tiling.BLOCK_C
+    )  # fmt: skip
+
+
+@triton.jit
+def locate_bits(tile, walk, tiling: tl.constexpr):
+    """As ``locate``, for the tile's bytes in a mask whose inner axis is packed by eight."""
+    if tiling.CHANNELS_LAST:
+        return _locate(tile, walk.channel_block, walk.S, tl.cdiv(walk.C, 8), True, tiling.BLOCK_S, tiling.BLOCK_C // 8)
+    else:
+        return _locate(tile, walk.channel_block, tl.cdiv(walk.S, 8), walk.C, False, tiling.BLOCK_S // 8, tiling.BLOCK_C)
+
+
+@triton.jit
+def _locate(tile, channel_block, S, C, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
     tiles_per_group = tl.cdiv(S, BLOCK_S)
     group = tl.cast(tile // tiles_per_group, tl.int64)
     s0 = tl.cast(tile % tiles_per_group, tl.int64) * BLOCK_S
@@ -99,15 +154,6 @@ def locate(tile, channel_block, S, C, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.c
         start = (group * C + c0) * S + s0
         local = c[:, None] * S + s[None, :]
     return start, local, inside
-
-
-@triton.jit
-def locate_bits(tile, channel_block, S, C, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """As ``locate``, for the tile's bytes in a mask whose inner axis is packed by eight."""
-    if CHANNELS_LAST:
-        return locate(tile, channel_block, S, tl.cdiv(C, 8), CHANNELS_LAST, BLOCK_S, BLOCK_C // 8)
-    else:
-        return locate(tile, channel_block, tl.cdiv(S, 8), C, CHANNELS_LAST, BLOCK_S // 8, BLOCK_C)
 
 
 @triton.jit
@@ -158,27 +204,24 @@ def locate_partials(first, c, c_inside, C, programs, PLANE: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def load_norm(
-    mean, rstd, weight, bias, column, c_inside,
-    EPS: tl.constexpr, FROZEN: tl.constexpr, PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """(mean, rstd, weight·rstd, bias) of a block of columns, over a tile. FROZEN: ``rstd`` points at the variance."""
-    c = column // PLANE
-    m = tl.load(mean + c, mask=c_inside, other=0).to(ACC)
-    r = tl.load(rstd + c, mask=c_inside, other=1).to(ACC)
+def load_norm(norm, column, c_inside, EPS: tl.constexpr, FROZEN: tl.constexpr, tiling: tl.constexpr):
+    """(mean, rstd, weight·rstd, bias) of a block of columns, over a tile."""
+    c = column // tiling.PLANE
+    m = tl.load(norm.mean + c, mask=c_inside, other=0).to(tiling.ACC)
+    r = tl.load(norm.rstd + c, mask=c_inside, other=1).to(tiling.ACC)
     if FROZEN:
         r = 1 / tl.sqrt(r + EPS)
     scale = r
-    if weight is not None:
-        scale = r * tl.load(weight + c, mask=c_inside, other=0).to(ACC)
+    if norm.weight is not None:
+        scale = r * tl.load(norm.weight + c, mask=c_inside, other=0).to(tiling.ACC)
     shift = tl.zeros_like(m)
-    if bias is not None:
-        shift = tl.load(bias + c, mask=c_inside, other=0).to(ACC)
+    if norm.bias is not None:
+        shift = tl.load(norm.bias + c, mask=c_inside, other=0).to(tiling.ACC)
     return (
-        by_channel(m, CHANNELS_LAST),
-        by_channel(r, CHANNELS_LAST),
-        by_channel(scale, CHANNELS_LAST),
-        by_channel(shift, CHANNELS_LAST),
+        by_channel(m, tiling.CHANNELS_LAST),
+        by_channel(r, tiling.CHANNELS_LAST),
+        by_channel(scale, tiling.CHANNELS_LAST),
+        by_channel(shift, tiling.CHANNELS_LAST),
     )
 
 
@@ -189,10 +232,10 @@ def affine(centred, scale, shift):
 
 
 @triton.jit
-def count_tile(count, tile, tiles, S, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr):
+def count_tile(count, tile, walk, tiling: tl.constexpr):
     """Each position's number of values with one more tile, and the weight of that tile's value in their mean."""
-    count += (positions_inside(tile, S, BLOCK_S) & (tile < tiles)).to(count.dtype)
-    return count, by_position(1 / tl.where(count > 0, count, 1), CHANNELS_LAST)
+    count += (positions_inside(tile, walk.S, tiling.BLOCK_S) & (tile < walk.tiles)).to(count.dtype)
+    return count, by_position(1 / tl.where(count > 0, count, 1), tiling.CHANNELS_LAST)
 
 
 @triton.jit

@@ -1,0 +1,44 @@
+"""What the kernels are given and return, whichever implementation they are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """One BatchNorm's tensors, each of shape (C,) or None, and numbers; no eps where nothing is to be normalised."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    momentum: float
+    eps: float | None
+
+
+NOTHING_BUT_STATISTICS = Norm(None, None, None, None, 0.0, None)
+
+
+class Gradients(NamedTuple):
+    """Which gradients are wanted, or the gradients; of the inputs of the forward in its order."""
+
+    x: Tensor | bool | None
+    residual: Tensor | bool | None
+    weight: Tensor | bool | None
+    bias: Tensor | bool | None
+    residual_weight: Tensor | bool | None
+    residual_bias: Tensor | bool | None
+
+
+def accumulator(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of the arithmetic on these activations."""
+    wide = any(t is not None and t.dtype is torch.float64 for t in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def needs_mask(residual: Tensor | None, residual_norm: Norm | None) -> bool:
+    """Only a residual that is not saved for the backward hides the sign from it; else x and s give it again."""
+    return residual is not None and residual_norm is None

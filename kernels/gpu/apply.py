@@ -1,0 +1,118 @@
+"""The second phase of the backward: the inputs' gradients that waited for the merged sums."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launching import Backward, tile_options
+from .reduce import Gradient, InputGradients, Saved, load_gradient, relu_gradient
+from .tile import (
+    NormVectors,
+    Order,
+    Tiling,
+    affine,
+    aligned,
+    by_channel,
+    channels_of,
+    in_order,
+    load_norm,
+    locate,
+    second_walk,
+    store,
+)
+
+
+class Sums(NamedTuple):
+    """A pointer to the channel sums of dz, dz·x̂ and dz·ŝ, and over how many values they were taken."""
+
+    sums: Any
+    M: Any
+
+
+@triton.jit
+def _mean_of(sums, row, C, c, c_inside, tiling: tl.constexpr):
+    """Over a tile, the mean of what a row of ``sums`` adds up."""
+    at = sums.sums + row * (C // tiling.PLANE) + c // tiling.PLANE
+    return by_channel(tl.load(at, mask=c_inside, other=0) / sums.M, tiling.CHANNELS_LAST)
+
+
+@triton.jit
+def _input_gradient(dz, centred, r, scale, mean_dz, mean_dz_x):
+    """weight·rstd·(dz - Σdz/M - x̂·Σ(dz·x̂)/M)"""
+    return scale * (dz - mean_dz - centred * r * mean_dz_x)
+
+
+@triton.jit
+def apply(
+    gradient, saved, sums, out, norm, second, walk,
+    IS_DZ: tl.constexpr, order: tl.constexpr, tiling: tl.constexpr,
+):  # fmt: skip
+    """The inputs' gradients that waited for the merged sums, from ``gradient``: dz where IS_DZ, else dy (in two)."""
+    c, c_inside = channels_of(walk.channel_block, walk.C, tiling.BLOCK_C)
+    m, r, scale, shift = load_norm(norm, c, c_inside, 0.0, False, tiling)
+    mean_dz = _mean_of(sums, 0, walk.C, c, c_inside, tiling)
+    mean_dz_x = _mean_of(sums, 1, walk.C, c, c_inside, tiling)
+    if saved.residual is not None:
+        residual_m, residual_r, residual_scale, residual_shift = load_norm(second, c, c_inside, 0.0, False, tiling)
+        mean_dz_residual = _mean_of(sums, 2, walk.C, c, c_inside, tiling)
+
+    for step in range(walk.program, walk.tiles, walk.programs):
+        tile = in_order(step, walk.tiles, order.REVERSED)
+        start, local, inside = locate(tile, walk, tiling)
+        value = tl.load(saved.x + start + local, mask=inside, other=0, eviction_policy=order.EVICT)
+        centred = value.to(tiling.ACC) - m
+        z = affine(centred, scale, shift)
+        if saved.residual is not None:
+            s = tl.load(saved.residual + start + local, mask=inside, other=0, eviction_policy=order.EVICT)
+            residual_centred = s.to(tiling.ACC) - residual_m
+            z += affine(residual_centred, residual_scale, residual_shift)
+        dz = load_gradient(gradient, start, local, inside, order.EVICT, tiling.ACC)
+        if not IS_DZ:
+            dz = relu_gradient(dz, z, inside, saved.mask, tile, walk, tiling)
+        if out.dz is not None:
+            store(out.dz + start + local, dz, inside)
+        if out.dx is not None:
+            store(out.dx + start + local, _input_gradient(dz, centred, r, scale, mean_dz, mean_dz_x), inside)
+        if out.dresidual is not None:
+            value = _input_gradient(dz, residual_centred, residual_r, residual_scale, mean_dz, mean_dz_residual)
+            store(out.dresidual + start + local, value, inside)
+
+
+@triton.jit
+def _apply_kernel(
+    gradient, gradient_fork, x, residual, mask, sums, dx, dresidual,
+    mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
+    M, G, S, C,
+    IS_DZ: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr,
+    PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """``apply`` as a launch of its own."""
+    gradients = Gradient(gradient, gradient_fork)
+    saved = Saved(x, residual, mask)
+    out = InputGradients(None, dx, dresidual)
+    norm = NormVectors(mean, rstd, weight, bias)
+    second = NormVectors(residual_mean, residual_rstd, residual_weight, residual_bias)
+    order: tl.constexpr = Order(REVERSED, EVICT)
+    tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, ACC)
+    S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
+    walk = second_walk(G, S, C, CHANNEL_MAJOR, REVERSED, tiling)
+    apply(gradients, saved, Sums(sums, M), out, norm, second, walk, IS_DZ, order, tiling)
+
+
+def launch_apply(
+    call: Backward, dz: Tensor | None, dx: Tensor | None, dresidual: Tensor | None, sums: Tensor, values: int
+) -> None:
+    """Fills the inputs' gradients, from ``sums`` over so many ``values`` of each channel."""
+    g = call.g
+    # dz is dy already masked (and added up), unless it was rounded to a narrower dtype.
+    is_dz = dz is not None and dz.dtype is call.gradients[0].dtype
+    grid, options = tile_options("apply", g, call.acc)
+    _apply_kernel[grid](
+        *((dz, None) if is_dz else call.gradients), call.x, call.residual, call.mask, sums, dx, dresidual,
+        *call.vectors, values, g.groups, g.positions, g.columns, IS_DZ=is_dz, **options,
+    )  # fmt: skip

@@ -1,0 +1,135 @@
+"""What launches are given: tensors in one layout with all that belongs to them, compile-time arguments."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..call import Norm, accumulator
+from ..geometry import Geometry, dense, geometry, in_layout_of
+from . import launch_table
+
+
+class Forward(NamedTuple):
+    """What every launch of one forward is given."""
+
+    x: Tensor
+    residual: Tensor | None
+    norm: Norm
+    residual_norm: Norm | None
+    g: Geometry
+    acc: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None) -> Forward:
+        x = dense(x)
+        residual = None if residual is None else in_layout_of(residual, x)
+        return cls(x, residual, norm, residual_norm, geometry(x), accumulator(x, residual))
+
+    @property
+    def second(self) -> Norm:
+        """The residual's norm, or where there is none a stand-in that no kernel reads."""
+        return self.norm if self.residual_norm is None else self.residual_norm
+
+    @property
+    def norms(self) -> int:
+        return 1 if self.residual_norm is None else 2
+
+
+class Backward(NamedTuple):
+    """What every launch of one backward is given. ``vectors``: see ``norm_vectors``; ``rows``: of sums a channel."""
+
+    gradients: tuple[Tensor, Tensor | None]
+    x: Tensor
+    residual: Tensor | None
+    mask: Tensor | None
+    vectors: tuple[Tensor | None, ...]
+    eps: tuple[float | None, float | None]
+    rows: int
+    g: Geometry
+    acc: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        gradients: tuple[Tensor, Tensor | None],
+        x: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        stats: Tensor | None,
+        norms: tuple[Norm, Norm | None],
+    ) -> Backward:
+        x = dense(x)
+        dy, dy_fork = gradients
+        dy = in_layout_of(dy, x)
+        residual = None if residual is None else in_layout_of(residual, x)
+        norm, residual_norm = norms
+        return cls(
+            (dy, None if dy_fork is None else in_layout_of(dy_fork, x)),
+            x,
+            residual,
+            mask,
+            norm_vectors(stats, norm, residual_norm),
+            (norm.eps, norm.eps if residual_norm is None else residual_norm.eps),
+            2 if residual_norm is None else 3,
+            geometry(x),
+            accumulator(x, residual, dy),
+        )
+
+
+@launch_table.cached
+def tile_options(kernel: str, g: Geometry, acc: torch.dtype) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid and the compile-time arguments that every streaming kernel takes."""
+    launch = launch_table.streaming(kernel, g, acc is torch.float64)
+    constants = _tile_constants(g, acc, launch.block_positions, launch.block_channels, launch.warps)
+    constants["CHANNEL_MAJOR"] = launch.channel_major
+    return launch.grid, constants | _order_constants() if kernel in ("normalise", "apply") else constants
+
+
+@launch_table.cached
+def one_launch_options(launch: launch_table.OneLaunch, g: Geometry, acc: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments that both one-launch kernels take."""
+    constants = _tile_constants(g, acc, launch.block_positions, launch.block_channels, launch.warps)
+    return constants | _order_constants() | {"BLOCK_P": launch.block_programs}
+
+
+def _order_constants() -> dict[str, Any]:
+    return {
+        "REVERSED": launch_table.SECOND_PHASE_REVERSED,
+        "EVICT": "evict_first" if launch_table.SECOND_PHASE_EVICTS_FIRST else "",
+    }
+
+
+def _tile_constants(
+    g: Geometry, acc: torch.dtype, block_positions: int, block_channels: int, warps: int
+) -> dict[str, Any]:
+    return {
+        "PLANE": g.plane,
+        "CHANNELS_LAST": g.channels_last,
+        "ALIGN": math.gcd(g.inner, 16),
+        "BLOCK_S": block_positions,
+        "BLOCK_C": block_channels,
+        "ACC": tl.float64 if acc is torch.float64 else tl.float32,
+        "num_warps": warps,
+    }
+
+
+def norm_vectors(stats: Tensor | None, norm: Norm, residual_norm: Norm | None) -> tuple[Tensor | None, ...]:
+    """(mean, rstd, weight, bias) of both norms: of the batch, or the running ones with the variance for rstd."""
+    if stats is None:
+        mean, rstd = norm.running_mean, norm.running_var
+    else:
+        mean, rstd, *residual_stats = stats
+    if residual_norm is None:
+        return mean, rstd, norm.weight, norm.bias, None, None, norm.weight, norm.bias
+    residual_mean, residual_rstd = (
+        (residual_norm.running_mean, residual_norm.running_var) if stats is None else residual_stats
+    )
+    return (
+        mean, rstd, norm.weight, norm.bias,
+        residual_mean, residual_rstd, residual_norm.weight, residual_norm.bias,
+    )  # fmt: skip

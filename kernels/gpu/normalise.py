@@ -1,0 +1,96 @@
+"""The second phase of the forward: y = relu(norm(x) + s), and the bits of y's gradient mask."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launching import Forward, norm_vectors, tile_options
+from .tile import (
+    NormVectors,
+    Order,
+    Tiling,
+    affine,
+    aligned,
+    channels_of,
+    in_order,
+    load_norm,
+    locate,
+    locate_bits,
+    pack_bits,
+    second_walk,
+    store,
+)
+
+
+class Spread(NamedTuple):
+    """What ``NormVectors.rstd`` points at: FROZEN, the variance, to which a norm's eps is added. For the compiler."""
+
+    FROZEN: Any
+    EPS: Any
+    RESIDUAL_EPS: Any
+
+
+@triton.jit
+def normalise(
+    x, residual, y, mask, norm, second, walk, spread: tl.constexpr, order: tl.constexpr, tiling: tl.constexpr
+):  # fmt: skip
+    """y = relu(norm(x) + s), s nothing, ``residual`` or its ``second`` norm, and the bits of y's gradient mask."""
+    c, c_inside = channels_of(walk.channel_block, walk.C, tiling.BLOCK_C)
+    m, _, scale, shift = load_norm(norm, c, c_inside, spread.EPS, spread.FROZEN, tiling)
+    if second.mean is not None:
+        residual_m, _, residual_scale, residual_shift = load_norm(
+            second, c, c_inside, spread.RESIDUAL_EPS, spread.FROZEN, tiling
+        )
+
+    for step in range(walk.program, walk.tiles, walk.programs):
+        tile = in_order(step, walk.tiles, order.REVERSED)
+        start, local, inside = locate(tile, walk, tiling)
+        value = tl.load(x + start + local, mask=inside, other=0, eviction_policy=order.EVICT)
+        z = affine(value.to(tiling.ACC) - m, scale, shift)
+        if residual is not None:
+            s = tl.load(residual + start + local, mask=inside, other=0, eviction_policy=order.EVICT).to(tiling.ACC)
+            if second.mean is not None:
+                s = affine(s - residual_m, residual_scale, residual_shift)
+            z += s
+        # NaN is not <= 0: it stays, as in torch.relu.
+        off = z <= 0
+        store(y + start + local, tl.where(off, 0, z), inside)
+        if mask is not None:
+            start, local, inside = locate_bits(tile, walk, tiling)
+            tl.store(mask + start + local, pack_bits(~off), mask=inside)
+
+
+@triton.jit
+def _normalise_kernel(
+    x, residual, y, mask,
+    mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
+    G, S, C,
+    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr,
+    REVERSED: tl.constexpr, EVICT: tl.constexpr,
+    PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """``normalise`` as a launch of its own."""
+    norm = NormVectors(mean, rstd, weight, bias)
+    second = NormVectors(residual_mean, residual_rstd, residual_weight, residual_bias)
+    spread: tl.constexpr = Spread(FROZEN, EPS, RESIDUAL_EPS)
+    order: tl.constexpr = Order(REVERSED, EVICT)
+    tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, ACC)
+    S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
+    walk = second_walk(G, S, C, CHANNEL_MAJOR, REVERSED, tiling)
+    normalise(x, residual, y, mask, norm, second, walk, spread, order, tiling)
+
+
+def launch_normalise(call: Forward, stats: Tensor | None, y: Tensor, mask: Tensor | None) -> None:
+    """Fills ``y`` and ``mask``, with the batch's statistics or, without them, the running ones."""
+    g = call.g
+    grid, options = tile_options("normalise", g, call.acc)
+    _normalise_kernel[grid](
+        call.x, call.residual, y, mask, *norm_vectors(stats, call.norm, call.residual_norm),
+        g.groups, g.positions, g.columns,
+        EPS=call.norm.eps, RESIDUAL_EPS=call.second.eps, FROZEN=stats is None, **options,
+    )  # fmt: skip

@@ -1,0 +1,217 @@
+"""The first phase of the backward: the channel sums of the gradient, their merge, and gradients that need no sum."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch_table
+from .launching import Backward, tile_options
+from .normalise import Spread
+from .statistics import Merging
+from .tile import (
+    NormVectors,
+    Tiling,
+    affine,
+    aligned,
+    channels_of,
+    first_walk,
+    load_norm,
+    locate,
+    locate_bits,
+    locate_partials,
+    store,
+    unpack_bits,
+)
+
+
+class Gradient(NamedTuple):
+    """Pointers to the output's gradient, and where it was forked to that of its second copy."""
+
+    dy: Any
+    dy_fork: Any
+
+
+class Saved(NamedTuple):
+    """Pointers to what the forward has kept: x, the residual where it is normed, the mask where there is one."""
+
+    x: Any
+    residual: Any
+    mask: Any
+
+
+class InputGradients(NamedTuple):
+    """Pointers to room for the gradients of full size, None where one is not wanted or not yet known."""
+
+    dz: Any
+    dx: Any
+    dresidual: Any
+
+
+class ParameterGradients(NamedTuple):
+    """Pointers to room for the parameters' gradients, None where one is not wanted."""
+
+    weight: Any
+    bias: Any
+    residual_weight: Any
+    residual_bias: Any
+
+
+@triton.jit
+def load_gradient(gradient, start, local, inside, EVICT: tl.constexpr, ACC: tl.constexpr):
+    """dy, or where the output was forked the sum of the gradients of both its copies."""
+    total = tl.load(gradient.dy + start + local, mask=inside, other=0, eviction_policy=EVICT).to(ACC)
+    if gradient.dy_fork is not None:
+        total += tl.load(gradient.dy_fork + start + local, mask=inside, other=0, eviction_policy=EVICT).to(ACC)
+    return total
+
+
+@triton.jit
+def relu_gradient(dy, z, inside, mask, tile, walk, tiling: tl.constexpr):
+    """dy where the forward let z through, by its mask or, where it kept none, by the sign of the same z."""
+    if mask is not None:
+        start, local, bits_inside = locate_bits(tile, walk, tiling)
+        on = unpack_bits(tl.load(mask + start + local, mask=bits_inside, other=0))
+    else:
+        on = ~(z <= 0)
+    # A select: 0·inf would be NaN.
+    return tl.where(on & inside, dy, 0)
+
+
+@triton.jit
+def reduce(
+    gradient, saved, out, partials, norm, second, walk, spread: tl.constexpr, tiling: tl.constexpr
+):  # fmt: skip
+    """A program's Σ dz, Σ dz·x̂ (and Σ dz·ŝ), and every gradient that needs no sum: dz, and all when FROZEN."""
+    c, c_inside = channels_of(walk.channel_block, walk.C, tiling.BLOCK_C)
+    m, r, scale, shift = load_norm(norm, c, c_inside, spread.EPS, spread.FROZEN, tiling)
+    TILE: tl.constexpr = (tiling.BLOCK_S, tiling.BLOCK_C) if tiling.CHANNELS_LAST else (tiling.BLOCK_C, tiling.BLOCK_S)
+    sum_dz = tl.zeros(TILE, tiling.ACC)
+    sum_dz_x = tl.zeros(TILE, tiling.ACC)
+    if saved.residual is not None:
+        residual_m, residual_r, residual_scale, residual_shift = load_norm(
+            second, c, c_inside, spread.RESIDUAL_EPS, spread.FROZEN, tiling
+        )
+        sum_dz_residual = tl.zeros(TILE, tiling.ACC)
+
+    for tile in range(walk.program, walk.tiles, walk.programs):
+        start, local, inside = locate(tile, walk, tiling)
+        centred = tl.load(saved.x + start + local, mask=inside, other=0).to(tiling.ACC) - m
+        z = affine(centred, scale, shift)
+        if saved.residual is not None:
+            residual_centred = tl.load(saved.residual + start + local, mask=inside, other=0).to(tiling.ACC) - residual_m
+            z += affine(residual_centred, residual_scale, residual_shift)
+        dz = load_gradient(gradient, start, local, inside, "", tiling.ACC)
+        dz = relu_gradient(dz, z, inside, saved.mask, tile, walk, tiling)
+        if out.dz is not None:
+            store(out.dz + start + local, dz, inside)
+        if out.dx is not None:
+            store(out.dx + start + local, dz * scale, inside)
+        if out.dresidual is not None:
+            store(out.dresidual + start + local, dz * residual_scale, inside)
+        if partials is not None:
+            sum_dz += dz
+            sum_dz_x += tl.where(inside, dz * centred, 0)
+            if saved.residual is not None:
+                sum_dz_residual += tl.where(inside, dz * residual_centred, 0)
+
+    if partials is not None:
+        AXIS: tl.constexpr = 0 if tiling.CHANNELS_LAST else 1
+        row = walk.programs * walk.C
+        to = partials + walk.program * walk.C + c
+        tl.store(to, tl.sum(sum_dz, axis=AXIS), mask=c_inside)
+        tl.store(to + row, tl.sum(sum_dz_x * r, axis=AXIS), mask=c_inside)
+        if saved.residual is not None:
+            tl.store(to + 2 * row, tl.sum(sum_dz_residual * residual_r, axis=AXIS), mask=c_inside)
+
+
+@triton.jit
+def merge_sums(partials, sums, out, C, programs, channel_block, ROWS: tl.constexpr, merging: tl.constexpr):
+    """The partial sums of all programs added in a fixed order, and the parameters' gradients, which they are."""
+    c, c_inside = channels_of(channel_block, C, merging.BLOCK_C)
+    for row in tl.static_range(ROWS):
+        total = tl.zeros((merging.BLOCK_P, merging.BLOCK_C), merging.ACC)
+        for first in range(0, programs * merging.PLANE, merging.BLOCK_P):
+            at, inside, _, _ = locate_partials(first, c, c_inside, C, programs, merging.PLANE, merging.BLOCK_P)
+            total += tl.load(partials + row * programs * C * merging.PLANE + at, mask=inside, other=0)
+        value = tl.sum(total, axis=0)
+        tl.store(sums + row * C + c, value, mask=c_inside)
+        if row == 0:
+            if out.bias is not None:
+                store(out.bias + c, value, c_inside)
+            if out.residual_bias is not None:
+                store(out.residual_bias + c, value, c_inside)
+        elif row == 1:
+            if out.weight is not None:
+                store(out.weight + c, value, c_inside)
+        else:
+            if out.residual_weight is not None:
+                store(out.residual_weight + c, value, c_inside)
+
+
+@triton.jit
+def _reduce_kernel(
+    dy, dy_fork, x, residual, mask, dz_out, dx, dresidual, partials,
+    mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
+    G, S, C,
+    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr,
+    PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """``reduce`` as a launch of its own."""
+    gradient = Gradient(dy, dy_fork)
+    saved = Saved(x, residual, mask)
+    out = InputGradients(dz_out, dx, dresidual)
+    norm = NormVectors(mean, rstd, weight, bias)
+    second = NormVectors(residual_mean, residual_rstd, residual_weight, residual_bias)
+    spread: tl.constexpr = Spread(FROZEN, EPS, RESIDUAL_EPS)
+    tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, ACC)
+    S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
+    walk = first_walk(G, S, C, CHANNEL_MAJOR, tiling)
+    reduce(gradient, saved, out, partials, norm, second, walk, spread, tiling)
+
+
+@triton.jit
+def _merge_sums_kernel(
+    partials, sums,
+    dweight, dbias, dresidual_weight, dresidual_bias,
+    C, programs,
+    ROWS: tl.constexpr,
+    PLANE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """``merge_sums`` as a launch of its own."""
+    out = ParameterGradients(dweight, dbias, dresidual_weight, dresidual_bias)
+    merging: tl.constexpr = Merging(PLANE, BLOCK_P, BLOCK_C, ACC)
+    merge_sums(partials, sums, out, C, programs, tl.program_id(0), ROWS, merging)
+
+
+def launch_sums(
+    call: Backward,
+    local: tuple[Tensor | None, Tensor | None, Tensor | None],
+    parameters: list[Tensor | None],
+    sums: Tensor | None,
+    frozen: bool,
+) -> None:
+    """Fills ``local``, the gradients (dz, dx, residual's) that need no sum, in one launch; with ``sums`` also those
+    and ``parameters``, in another.
+    """
+    x, g = call.x, call.g
+    launch = launch_table.streaming("reduce", g, call.acc is torch.float64)
+    partials = None if sums is None else x.new_empty((call.rows, launch.programs, g.columns), dtype=call.acc)
+    grid, options = tile_options("reduce", g, call.acc)
+    _reduce_kernel[grid](
+        *call.gradients, x, call.residual, call.mask, *local, partials, *call.vectors,
+        g.groups, g.positions, g.columns, EPS=call.eps[0], RESIDUAL_EPS=call.eps[1], FROZEN=frozen, **options,
+    )  # fmt: skip
+    if partials is None:
+        return
+    merge = launch_table.merge(launch.programs * g.plane, g.channels)
+    _merge_sums_kernel[(merge.channel_blocks,)](
+        partials, sums, *parameters, g.channels, launch.programs,
+        ROWS=call.rows, PLANE=g.plane, BLOCK_P=merge.block_programs, BLOCK_C=merge.block_channels, ACC=options["ACC"],
+        num_warps=merge.warps,
+    )  # fmt: skip
