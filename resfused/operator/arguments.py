@@ -21,9 +21,6 @@ class Norm(NamedTuple):
     eps: float
 
 
-NO_NORM = Norm(None, None, None, None, 0.0, 0.0)
-
-
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, but got {type(value).__name__}")

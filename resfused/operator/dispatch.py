@@ -8,8 +8,9 @@ from torch.autograd import forward_ad
 
 from .. import reference
 from ..backend import backend_for, kernels
-from .arguments import NO_NORM, Norm
+from .arguments import Norm
 from .function import FusedResidualBlock
+from .packed import pack
 
 if kernels is not None:
     from . import ops
@@ -26,8 +27,8 @@ def normalise_add_relu(
     if _share_statistics(norm, residual_norm, training) or _is_transformed() or backend_for(input) == "torch":
         y = _plain(input, residual, norm, residual_norm, training)
         return y, y
-    norms = (*norm, residual_norm is not None, *(residual_norm or NO_NORM))
-    differentiable = (input, residual, *norms[:2], *norms[7:9])
+    norms = pack(norm, residual_norm)
+    differentiable = (input, residual, norms.weight, norms.bias, norms.residual_weight, norms.residual_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         y = FusedResidualBlock.apply(input, residual, *norms, training, forked)
         return y if forked else (y, y)

@@ -9,6 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import kernels, require_kernels
+from .arguments import Norm
+from .packed import (
+    Arguments,
+    Differentiable,
+    Norms,
+    gradients_of_arguments,
+    own_norm,
+    second_norm,
+    tensors,
+    wanted_of,
+    where_wanted,
+    with_tensors,
+    without_running_statistics,
+)
 
 if kernels is not None:
     from . import ops
@@ -38,19 +52,19 @@ class FusedResidualBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, residual: Tensor | None, *rest: Any) -> Tensor | tuple[Tensor, Tensor]:
         require_kernels(input)
-        *norms, training, forked = rest
-        ctx.norm_residual = norms[6]
-        ctx.numbers = (norms[4:6], norms[11:13])
+        *values, training, forked = rest
+        norms = Norms(*values)
+        ctx.numbers = with_tensors(norms, (None,) * 8)
         ctx.residual_dtype = None if residual is None else residual.dtype
         if training:
             y, mask, stats = ops.forward_training(input, residual, *norms, True)
-            vectors = (*norms[:2], None, None, *norms[7:9], None, None)
+            vectors = tensors(without_running_statistics(norms))
         else:
             y, mask = ops.forward_frozen(input, residual, *norms, True)
             stats = None
-            vectors = (*norms[:4], *norms[7:11])
-        kept = residual if ctx.norm_residual else None
-        ctx.has_mask = residual is not None and not ctx.norm_residual
+            vectors = tensors(norms)
+        kept = residual if norms.norm_residual else None
+        ctx.has_mask = residual is not None and not norms.norm_residual
         ctx.save_for_backward(input, kept, mask if ctx.has_mask else None, stats, *vectors)
         ctx.set_materialize_grads(False)
         return (y, y.detach()) if forked else y
@@ -60,46 +74,42 @@ class FusedResidualBlock(torch.autograd.Function):
         if dy is None:
             dy, dy_fork = dy_fork, None
         if dy is None:
-            return (None,) * 17
-        input, residual, mask, stats, *vectors = ctx.saved_tensors
-        numbers, residual_numbers = ctx.numbers
-        wanted = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 9, 10)]
+            return tuple(Arguments())
+        wanted = wanted_of(ctx.needs_input_grad)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             gradients = _differentiable_backward(ctx, dy if dy_fork is None else dy + dy_fork, wanted)
         else:
-            norms = (*vectors[:4], *numbers, ctx.norm_residual, *vectors[4:], *residual_numbers)
+            input, residual, mask, stats, *vectors = ctx.saved_tensors
+            norms = with_tensors(ctx.numbers, vectors)
             gradients = ops.backward(dy, dy_fork, input, residual, ctx.residual_dtype, mask, stats, *norms, wanted)
-        found = iter(gradients)
-        dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias = [next(found) if w else None for w in wanted]
-        return (
-            dx, dresidual, dweight, dbias, None, None, None, None,
-            None, dresidual_weight, dresidual_bias, None, None, None, None, None, None,
-        )  # fmt: skip
+        return gradients_of_arguments(Differentiable(*where_wanted(gradients, wanted)))
 
 
-def _differentiable_backward(ctx: Any, dy: Tensor, wanted: list[bool]) -> list[Tensor]:
+def _differentiable_backward(ctx: Any, dy: Tensor, wanted: Differentiable) -> list[Tensor]:
     """The wanted gradients in differentiable PyTorch operators, for ``create_graph=True``.
 
     The ReLU passes dy where the forward let z through; what is left is the gradient of a batch norm.
     """
     input, residual, mask, stats, *vectors = ctx.saved_tensors
+    norms = with_tensors(ctx.numbers, vectors)
     training = stats is not None
 
-    def batch_norm(x: Tensor, vectors: list[Tensor | None], eps: float) -> Tensor:
-        weight, bias, running_mean, running_var = vectors
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, 0.0, eps)
+    def batch_norm(x: Tensor, norm: Norm) -> Tensor:
+        return F.batch_norm(
+            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, norm.momentum, norm.eps
+        )
 
-    z = batch_norm(input, vectors[:4], ctx.numbers[0][1])
-    outputs, inputs = [z], [input, None, *vectors[:2], None, None]
-    if ctx.norm_residual:
-        shortcut = batch_norm(residual, vectors[4:], ctx.numbers[1][1])
-        outputs, inputs = [z, shortcut], [input, residual, *vectors[:2], *vectors[4:6]]
-        z = z + shortcut
+    z = batch_norm(input, own_norm(norms))
+    outputs = [z]
+    second = second_norm(norms)
+    if second is not None:
+        outputs.append(batch_norm(residual, second))
+        z = z + outputs[1]
     on = require_kernels(input).unpack_mask(mask, input) if mask is not None else ~(z.detach() <= 0)
     dz = torch.where(on, dy, 0)
-    leaves = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
+    # A residual without a norm is none of these: its gradient is dz.
+    of = Differentiable(input, residual, norms.weight, norms.bias, norms.residual_weight, norms.residual_bias)
+    leaves = [t for t, want in zip(of, wanted, strict=True) if want and t is not None]
     dzs = [dz.to(o.dtype) for o in outputs]
     found = iter(torch.autograd.grad(outputs, leaves, dzs, create_graph=True) if leaves else ())
-    return [
-        dz.to(ctx.residual_dtype) if t is None else next(found) for t, want in zip(inputs, wanted, strict=True) if want
-    ]
+    return [dz.to(ctx.residual_dtype) if t is None else next(found) for t, want in zip(of, wanted, strict=True) if want]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backend import require_kernels
+from .packed import Affine, Differentiable, Norms, affine_of, own_norm, second_norm, tensors, with_tensors
 
 _NORM = (
     "Tensor? {0}weight, Tensor? {0}bias, Tensor{1}? {0}running_mean, Tensor{2}? {0}running_var, "
@@ -36,49 +37,55 @@ _SCHEMAS = (
 )
 
 
-def _norms(kernels: Any, values: Sequence[Any]) -> tuple[Any, Any]:
-    """(Norm, Norm or None) from the arguments of ``_NORM``, ``norm_residual`` and ``_NORM`` again."""
-    values = [v.contiguous() if isinstance(v, Tensor) else v for v in values]
-    return kernels.Norm(*values[:6]), kernels.Norm(*values[7:13]) if values[6] else None
+def _norms_of(kernels: Any, norms: Norms) -> tuple[Any, Any]:
+    """The kernels' (Norm, Norm or None), with dense vectors."""
+    dense = with_tensors(norms, [None if t is None else t.contiguous() for t in tensors(norms)])
+    second = second_norm(dense)
+    return kernels.Norm(*own_norm(dense)), None if second is None else kernels.Norm(*second)
 
 
-def _affine_norms(kernels: Any, values: Sequence[Any]) -> tuple[Any, Any]:
-    """(Norm, Norm or None) from the arguments of ``_AFFINE``, for kernels that are given the statistics."""
-    weight, bias, norm_residual, *residual_affine = values
-    rest = (None, None, 0.0, 0.0)
-    return _norms(kernels, (weight, bias, *rest, norm_residual, *residual_affine, *rest))
+def _affine_norms(kernels: Any, affine: Affine) -> tuple[Any, Any]:
+    """The same for kernels that are given the statistics."""
+    return _norms_of(kernels, Norms()._replace(**affine._asdict()))
 
 
-def _write_back(given: Sequence[Tensor | None], used: Any) -> None:
+def _write_back(norms: Norms, used: tuple[Any, Any]) -> None:
     """Running statistics that were updated in a contiguous copy, and what autograd must know of the others."""
-    if used is None:
-        return
-    for buffer, updated in zip(given, (used.running_mean, used.running_var), strict=True):
+    given = (
+        norms.running_mean, norms.running_var, norms.residual_running_mean, norms.residual_running_var
+    )  # fmt: skip
+    updated = [buffer for norm in used if norm is not None for buffer in (norm.running_mean, norm.running_var)]
+    for buffer, new in zip(given, updated, strict=False):
         if buffer is None:
             continue
-        if buffer is updated:
+        if buffer is new:
             torch.autograd.graph.increment_version(buffer)
         else:
-            buffer.copy_(updated)
+            buffer.copy_(new)
+
+
+def _or_empty(mask: Tensor | None, x: Tensor) -> Tensor:
+    """An operator returns a tensor whether there is a mask or not."""
+    return x.new_empty(0, dtype=torch.uint8) if mask is None else mask
 
 
 def _forward_training(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *values, save_mask = rest
+    norms = Norms(*values)
     kernels = require_kernels(x)
-    norm, residual_norm = _norms(kernels, values)
+    used = _norms_of(kernels, norms)
     with torch.cuda.device_of(x):
-        y, mask, stats = kernels.forward(x, residual, norm, residual_norm, True, save_mask)
-    for given, used in zip((values[2:4], values[9:11]), (norm, residual_norm), strict=True):
-        _write_back(given, used)
-    return y, x.new_empty(0, dtype=torch.uint8) if mask is None else mask, stats
+        y, mask, stats = kernels.forward(x, residual, *used, True, save_mask)
+    _write_back(norms, used)
+    return y, _or_empty(mask, x), stats
 
 
 def _forward_frozen(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     *values, save_mask = rest
     kernels = require_kernels(x)
     with torch.cuda.device_of(x):
-        y, mask, _ = kernels.forward(x, residual, *_norms(kernels, values), False, save_mask)
-    return y, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
+        y, mask, _ = kernels.forward(x, residual, *_norms_of(kernels, Norms(*values)), False, save_mask)
+    return y, _or_empty(mask, x)
 
 
 def _backward(
@@ -93,10 +100,10 @@ def _backward(
 ) -> list[Tensor]:
     *values, wanted = rest
     kernels = require_kernels(x)
-    norm, residual_norm = _norms(kernels, values)
+    norms = _norms_of(kernels, Norms(*values))
     with torch.cuda.device_of(x):
         gradients = kernels.backward(
-            dy, dy_fork, x, residual, residual_dtype, mask, stats, norm, residual_norm, kernels.Gradients(*wanted)
+            dy, dy_fork, x, residual, residual_dtype, mask, stats, *norms, kernels.Gradients(*wanted)
         )
     return [g for g in gradients if g is not None]
 
@@ -109,8 +116,8 @@ def _local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) -
 def _normalise(x: Tensor, residual: Tensor | None, stats: Tensor, *affine: Any) -> tuple[Tensor, Tensor]:
     kernels = require_kernels(x)
     with torch.cuda.device_of(x):
-        y, mask = kernels.normalise(x, residual, stats, *_affine_norms(kernels, affine))
-    return y, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
+        y, mask = kernels.normalise(x, residual, stats, *_affine_norms(kernels, Affine(*affine)))
+    return y, _or_empty(mask, x)
 
 
 def _local_sums(
@@ -128,7 +135,7 @@ def _local_sums(
     with torch.cuda.device_of(x):
         sums, gradients = kernels.local_sums(
             dy, dy_fork, x, residual, residual_dtype, mask if mask.numel() else None, stats,
-            *_affine_norms(kernels, affine), kernels.Gradients(False, *wanted),
+            *_affine_norms(kernels, Affine(*affine)), kernels.Gradients(False, *wanted),
         )  # fmt: skip
     return [sums, *(g for g in gradients if g is not None)]
 
@@ -149,14 +156,14 @@ def _input_gradients(
     with torch.cuda.device_of(x):
         gradients = kernels.input_gradients(
             dy, dy_fork, dz, x, residual, mask if mask.numel() else None, stats, means,
-            *_affine_norms(kernels, affine), wanted,
+            *_affine_norms(kernels, Affine(*affine)), wanted,
         )  # fmt: skip
     return [g for g in gradients if g is not None]
 
 
 def _fake_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     *values, save_mask = rest
-    return _fake_outputs(x, residual, save_mask and residual is not None and not values[6])
+    return _fake_outputs(x, residual, save_mask and residual is not None and not Norms(*values).norm_residual)
 
 
 def _fake_outputs(x: Tensor, residual: Tensor | None, masked: bool) -> tuple[Tensor, Tensor]:
@@ -169,7 +176,8 @@ def _fake_outputs(x: Tensor, residual: Tensor | None, masked: bool) -> tuple[Ten
 
 def _fake_forward_training(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     y, mask = _fake_forward(x, residual, *rest)
-    stats = x.new_empty((4 if rest[6] else 2, x.shape[1]), dtype=require_kernels(x).accumulator(x, residual))
+    rows = 4 if Norms(*rest[:-1]).norm_residual else 2
+    stats = x.new_empty((rows, x.shape[1]), dtype=require_kernels(x).accumulator(x, residual))
     return y, mask, stats
 
 
@@ -184,18 +192,20 @@ def _fake_backward(
     *rest: Any,
 ) -> list[Tensor]:
     *values, wanted = rest
+    want = Differentiable(*wanted)
     dense = require_kernels(x).dense(x)
     dtype = residual_dtype if residual is None else residual.dtype
-    gradients = [torch.empty_like(dense), torch.empty_like(dense, dtype=dtype)]
-    parameters = _fake_parameter_gradients((*values[:2], *values[7:9]), wanted[2:])
-    return [g for g, want in zip(gradients, wanted[:2], strict=True) if want] + parameters
+    dx = [torch.empty_like(dense)] if want.input else []
+    dresidual = [torch.empty_like(dense, dtype=dtype)] if want.residual else []
+    return [*dx, *dresidual, *_fake_parameter_gradients(affine_of(Norms(*values)), wanted[2:])]
 
 
-def _fake_parameter_gradients(parameters: Sequence[Any], wanted: Sequence[bool]) -> list[Tensor]:
+def _fake_parameter_gradients(affine: Affine, wanted: Sequence[bool]) -> list[Tensor]:
+    parameters = affine.weight, affine.bias, affine.residual_weight, affine.residual_bias
     return [
         torch.empty_like(p, memory_format=torch.contiguous_format)
         for p, want in zip(parameters, wanted, strict=True)
-        if want
+        if want and p is not None
     ]
 
 
@@ -205,7 +215,7 @@ def _fake_local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bo
 
 
 def _fake_normalise(x: Tensor, residual: Tensor | None, stats: Tensor, *affine: Any) -> tuple[Tensor, Tensor]:
-    return _fake_outputs(x, residual, residual is not None and not affine[2])
+    return _fake_outputs(x, residual, residual is not None and not Affine(*affine).norm_residual)
 
 
 def _fake_local_sums(
@@ -218,11 +228,13 @@ def _fake_local_sums(
     stats: Tensor,
     *rest: Any,
 ) -> list[Tensor]:
-    *affine, wanted = rest
+    *values, wanted = rest
+    affine = Affine(*values)
     kernels = require_kernels(x)
-    sums = x.new_empty((3 if affine[2] else 2, x.shape[1]), dtype=kernels.accumulator(x, residual, dy))
-    dz = [torch.empty_like(kernels.dense(x), dtype=residual_dtype)] if wanted[0] and not affine[2] else []
-    return [sums, *dz, *_fake_parameter_gradients((*affine[:2], *affine[3:]), wanted[1:])]
+    rows = 3 if affine.norm_residual else 2
+    sums = x.new_empty((rows, x.shape[1]), dtype=kernels.accumulator(x, residual, dy))
+    dz = [torch.empty_like(kernels.dense(x), dtype=residual_dtype)] if wanted[0] and not affine.norm_residual else []
+    return [sums, *dz, *_fake_parameter_gradients(affine, wanted[1:])]
 
 
 def _fake_input_gradients(

@@ -10,7 +10,19 @@ from torch import Tensor
 
 from ..backend import backend_for, kernels
 from . import phases
-from .arguments import NO_NORM, Norm
+from .arguments import Norm
+from .packed import (
+    Affine,
+    Differentiable,
+    Norms,
+    affine_of,
+    gradients_of_arguments,
+    own_norm,
+    pack,
+    second_norm,
+    wanted_of,
+    where_wanted,
+)
 
 if kernels is not None:
     from . import ops
@@ -31,8 +43,7 @@ def normalise_add_relu(
 
     Every process of the group makes the same calls in the same order; any of them may have an empty batch.
     """
-    norms = (*norm, residual_norm is not None, *(residual_norm or NO_NORM))
-    y = SynchronisedResidualBlock.apply(input, residual, *norms, forked, process_group)
+    y = SynchronisedResidualBlock.apply(input, residual, *pack(norm, residual_norm), forked, process_group)
     return y if forked else (y, y)
 
 
@@ -54,18 +65,18 @@ class SynchronisedResidualBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, residual: Tensor | None, *rest: Any) -> Tensor | tuple[Tensor, Tensor]:
-        *norms, forked, process_group = rest
-        norm_residual = norms[6]
-        affine = (*norms[:2], norm_residual, *norms[7:9])
+        *values, forked, process_group = rest
+        norms = Norms(*values)
+        affine = affine_of(norms)
         ctx.backend = backend_for(input)
         phase = _phases(ctx.backend)
         count = input.numel() // input.shape[1]
-        local = phase.local_statistics(input, residual, norm_residual)
+        local = phase.local_statistics(input, residual, norms.norm_residual)
         total, means, m2s = _merge(*_gather(local, count, process_group))
         # Who computes nothing can wait for the device.
         if count == 0 and not torch.compiler.is_compiling() and total.item() == 0:
             raise ValueError("Expected more than 1 value per channel when training, got none in any process")
-        every = (Norm(*norms[:6]), Norm(*norms[7:]))[: len(means)]
+        every = [norm for norm in (own_norm(norms), second_norm(norms)) if norm is not None]
         stats = torch.stack(
             [row for i, n in enumerate(every) for row in (means[i], torch.rsqrt(m2s[i] / total + n.eps))]
         )
@@ -74,10 +85,12 @@ class SynchronisedResidualBlock(torch.autograd.Function):
             _update(n.running_var, m2s[i] / (total - 1), n.momentum)
         y, mask = phase.normalise(input, residual, stats, *affine)
         ctx.process_group = process_group
-        ctx.norm_residual = norm_residual
+        ctx.norm_residual = norms.norm_residual
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.dtype = y.dtype
-        ctx.save_for_backward(input, residual if norm_residual else None, mask, stats, total, *affine[:2], *affine[3:])
+        kept = residual if norms.norm_residual else None
+        parameters = (norms.weight, norms.bias, norms.residual_weight, norms.residual_bias)
+        ctx.save_for_backward(input, kept, mask, stats, total, *parameters)
         ctx.set_materialize_grads(False)
         return (y, y.detach()) if forked else y
 
@@ -86,32 +99,29 @@ class SynchronisedResidualBlock(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("second derivatives of synchronised statistics are not supported")
         input, residual, mask, stats, total, weight, bias, *residual_affine = ctx.saved_tensors
-        affine = (weight, bias, ctx.norm_residual, *residual_affine)
+        affine = Affine(weight, bias, ctx.norm_residual, *residual_affine)
         if dy is None:
             dy, dy_fork = dy_fork, None
         if dy is None:
             # The other processes wait for this one's sums, be they zero.
             dy = torch.zeros_like(input, dtype=ctx.dtype)
         phase = _phases(ctx.backend)
-        wants_dx, wants_dresidual = ctx.needs_input_grad[:2]
-        wanted = [wants_dresidual and not ctx.norm_residual, *(ctx.needs_input_grad[i] for i in (2, 3, 9, 10))]
+        needs = wanted_of(ctx.needs_input_grad)
+        # The parameters' gradients, and that of a residual without a norm, are the process's own.
+        local = [needs.residual and not ctx.norm_residual, *needs[2:]]
         sums, *gradients = phase.local_sums(
-            dy, dy_fork, input, residual, ctx.residual_dtype, mask, stats, *affine, wanted
+            dy, dy_fork, input, residual, ctx.residual_dtype, mask, stats, *affine, local
         )
-        found = iter(gradients)
-        dz, *parameters = [next(found) if w else None for w in wanted]
-        waiting = [wants_dx, wants_dresidual and ctx.norm_residual]
+        dz, *parameters = where_wanted(gradients, local)
+        waiting = [needs.input, needs.residual and ctx.norm_residual]
         dx = dresidual = None
         if any(waiting):
             dist.all_reduce(sums, group=ctx.process_group)
-            found = iter(
-                phase.input_gradients(dy, dy_fork, dz, input, residual, mask, stats, sums / total, *affine, waiting)
+            gradients = phase.input_gradients(
+                dy, dy_fork, dz, input, residual, mask, stats, sums / total, *affine, waiting
             )
-            dx, dresidual = [next(found) if w else None for w in waiting]
-        return (
-            dx, dresidual if dz is None else dz, *parameters[:2], None, None, None, None,
-            None, *parameters[2:], None, None, None, None, None, None,
-        )  # fmt: skip
+            dx, dresidual = where_wanted(gradients, waiting)
+        return gradients_of_arguments(Differentiable(dx, dresidual if dz is None else dz, *parameters))
 
 
 def _phases(backend: str) -> Any:
