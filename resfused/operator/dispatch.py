@@ -7,13 +7,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import reference
-from ..backend import backend_for, kernels
+from ..backend import backend_for
+from . import ops
 from .arguments import Norm
 from .function import FusedResidualBlock
 from .packed import pack
-
-if kernels is not None:
-    from . import ops
 
 
 def normalise_add_relu(
