@@ -109,7 +109,7 @@ def _forward_training_in_turn(
 
     It takes the batch's alone, with a momentum of one; the updates follow, one after the other as in eager.
     """
-    batch = {
+    batch: dict[str, Any] = {
         name: torch.zeros_like(vector, dtype=torch.promote_types(vector.dtype, torch.float32))
         for name, vector in norms._asdict().items()
         if name.endswith(("running_mean", "running_var"))
