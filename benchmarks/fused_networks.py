@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from zoo import NETWORKS, SMALL, build, entry, logits_of
 
 import resfused
+from resfused.backend import Backend
 
 LIMIT = 1e-7
 KINDS = ("output", "gradient", "buffer")
@@ -51,7 +52,7 @@ class Coverage:
         return max(self.errors.values()) <= LIMIT
 
 
-def cover(name: str, device: torch.device, backend: str) -> Coverage:
+def cover(name: str, device: torch.device, backend: Backend) -> Coverage:
     """``backend``: what the fused network runs on. Raises: ModuleNotFoundError where the library is not installed."""
     torch.manual_seed(0)
     network = build(name).to(device, torch.float64)
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table; 0 where every difference is within the limit, 1 where one is not, or nothing was compared."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    backend = "triton" if on_gpu or args.kernels else "torch"
+    backend: Backend = "triton" if on_gpu or args.kernels else "torch"
     small = args.short or (args.kernels and not on_gpu)
     console = Console()
     found = []

@@ -56,7 +56,7 @@ def measure(form: str, library: object, repetitions: int) -> tuple[float, float]
 def measure_all(repetitions: int) -> dict[str, dict[str, tuple[float, float]]]:
     """By form and variant. Needs a process without TRITON_INTERPRET."""
     torch.set_num_threads(1)
-    kernels = backend.kernels
+    kernels = backend.load_kernels()
     if kernels is None:
         raise RuntimeError("host time is that of launching Triton's kernels, and the triton package is not installed")
     launch_table = kernels.launch_table

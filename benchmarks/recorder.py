@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-from resfused.backend import kernels
+from resfused.backend import load_kernels
 
 
 @dataclass
@@ -131,5 +131,6 @@ def record(execute: bool = True) -> Iterator[list[Launch]]:
 
 def require_interpreter() -> None:
     """RuntimeError where the kernels are not interpreted."""
+    kernels = load_kernels()
     if kernels is None or not kernels.INTERPRETED:
         raise RuntimeError("traffic is counted in Triton's interpreter: start the process with TRITON_INTERPRET=1")

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from resfused.backend import kernels
+from resfused.backend import load_kernels
 
 
 class Span(NamedTuple):
@@ -54,6 +54,7 @@ def _on_gpu(work: Callable[[], object]) -> list[Span]:
 
 
 def _interpreted(work: Callable[[], object]) -> list[Span]:
+    kernels = load_kernels()
     if kernels is None or not kernels.INTERPRETED:
         raise RuntimeError("without a CUDA GPU the kernels must be interpreted: start with TRITON_INTERPRET=1")
     from triton.runtime.interpreter import GridExecutor

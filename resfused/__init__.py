@@ -9,7 +9,7 @@ from pathlib import Path as _Path
 if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
-from . import functional, reference
+from . import functional, kernels, reference
 from .backend import backend_for, get_backend, set_backend, use_backend
 from .blocks import (
     BottleneckResidualBlock,
@@ -59,6 +59,7 @@ __all__ = [
     "functional",
     "fuse_",
     "get_backend",
+    "kernels",
     "reference",
     "set_backend",
     "tail",

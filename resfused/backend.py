@@ -5,30 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from types import ModuleType
-from typing import Any, cast
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-kernels: ModuleType | None
-try:
-    kernels = import_module(".kernels.gpu", __package__)
-except ModuleNotFoundError as error:
-    if error.name != "triton":
-        raise
-    kernels = None
-
-BACKENDS = ("auto", "triton", "torch")
+Backend = Literal["auto", "triton", "torch"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _VARIABLE = "RESFUSED_BACKEND"
+_HAS_TRITON = find_spec("triton") is not None
 
 
-def _checked(name: str, source: str) -> str:
+def _checked(name: object, source: str) -> Backend:
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, but got {name!r}")
-    if name == "triton" and kernels is None:
+    if name == "triton" and not _HAS_TRITON:
         raise RuntimeError(f"{source} is 'triton', which needs the triton package, and it is not installed")
     return name
 
@@ -36,12 +29,12 @@ def _checked(name: str, source: str) -> str:
 _chosen = _checked(os.environ.get(_VARIABLE, "auto"), _VARIABLE)
 
 
-def get_backend() -> str:
+def get_backend() -> Backend:
     """The backend in force: ``"auto"``, ``"triton"`` or ``"torch"``."""
     return _chosen
 
 
-def set_backend(name: str) -> None:
+def set_backend(name: Backend) -> None:
     """Chooses what every later call runs on; the environment variable ``RESFUSED_BACKEND`` sets the start value.
 
     ``"auto"``: the Triton kernels for CUDA and ROCm tensors, and for CPU tensors in a process started with
@@ -55,7 +48,7 @@ def set_backend(name: str) -> None:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: Backend) -> Iterator[None]:
     """``set_backend`` for the duration of a ``with`` block."""
     before = _chosen
     set_backend(name)
@@ -65,11 +58,13 @@ def use_backend(name: str) -> Iterator[None]:
         set_backend(before)
 
 
-def backend_for(x: Tensor) -> str:
+def backend_for(x: Tensor) -> Literal["triton", "torch"]:
     """``"triton"`` or ``"torch"``: what an activation ``x`` takes under the backend in force.
 
-    Raises: RuntimeError where ``"triton"`` is forced and ``x`` cannot take it.
+    Raises: TypeError where ``x`` is not a tensor; RuntimeError where ``"triton"`` is forced and ``x`` cannot take it.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, but got {type(x).__name__}")
     if _chosen == "torch":
         return "torch"
     obstacle = _obstacle(x)
@@ -86,14 +81,24 @@ def require_kernels(x: Tensor) -> Any:
     obstacle = _obstacle(x)
     if obstacle is not None:
         raise RuntimeError(f"the Triton kernels cannot run: input {obstacle}")
-    return cast(ModuleType, kernels)
+    return load_kernels()
+
+
+def load_kernels() -> Any:
+    """The module of Triton kernels, imported at first need; None where Triton is not installed."""
+    if not _HAS_TRITON:
+        return None
+    # A statement, which torch.compile sees through.
+    from .kernels import gpu
+
+    return gpu
 
 
 def _obstacle(x: Tensor) -> str | None:
     """Why the kernels cannot take ``x``, as the end of a sentence about it; None where they can."""
-    if kernels is None:
+    if not _HAS_TRITON:
         return "needs the triton package, which is not installed"
-    if not x.is_cuda and not (kernels.INTERPRETED and x.device.type == "cpu"):
+    if not x.is_cuda and not (x.device.type == "cpu" and load_kernels().INTERPRETED):
         return f"is on {x.device}, and needs a CUDA or ROCm device, or the CPU with TRITON_INTERPRET=1"
     if x.dtype not in FLOATS:
         return f"has dtype {x.dtype}, and needs one of {', '.join(map(str, FLOATS))}"

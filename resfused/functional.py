@@ -5,10 +5,10 @@ vectors of C elements in the activation's dtype, or float32 for a half-precision
 of the same name in ``resfused.reference``, computed in float32 (float64 for float64) and rounded once; a gradient is
 passed where not (z <= 0). With ``training`` the running statistics, where given, are updated in place.
 
-Errors, raised before anything is changed: TypeError for what is not a tensor; IndexError for a rank under 2;
-NotImplementedError for an integer or complex dtype; ValueError for one value per channel in training, eps <= 0 in
-training (< 0 otherwise), or only one of the running statistics; RuntimeError for any other shape, dtype or device, and
-for missing running statistics without ``training``.
+Errors, raised before anything is changed: TypeError for what is not a tensor, a number or a bool; IndexError for a rank
+under 2; NotImplementedError for an integer or complex dtype; ValueError for one value per channel in training, eps <= 0
+in training (< 0 otherwise), or only one of the running statistics; RuntimeError for any other shape, dtype or device,
+and for missing running statistics without ``training``.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def batch_norm_add_batch_norm_relu(
     """relu(batch_norm(input) + batch_norm(residual)): the tail of a block with a projection shortcut.
 
     ``residual`` is the projection's output before its norm, of the shape of ``input``; the ``residual_`` arguments are
-    that norm's. Errors: see the module.
+    that norm's. Running statistics that share memory are updated one after the other, ``input``'s first. Errors: see
+    the module.
     """
     check_tensor("residual", residual)
     norm = Norm(weight, bias, running_mean, running_var, momentum, eps)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .operator import synchronised
-from .operator.arguments import Norm, check_call
+from .operator.arguments import Norm, check_call, check_tensor
 from .operator.dispatch import normalise_add_relu
 
 
@@ -29,7 +29,7 @@ def _call(norm: _BatchNorm) -> tuple[bool, Norm]:
 
 
 def _takes_batch_statistics(norm: _BatchNorm) -> bool:
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
+    return bool(norm.training) or (norm.running_mean is None and norm.running_var is None)
 
 
 def _counter(norm: _BatchNorm) -> Tensor | None:
@@ -41,6 +41,11 @@ def _count(norm: _BatchNorm | None) -> None:
     counter = None if norm is None else _counter(norm)
     if counter is not None:
         counter.add_(1)
+
+
+def is_norm(module: object) -> bool:
+    """Whether its forward is PyTorch's batch norm, which ``tail`` computes: not a subclass's own."""
+    return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -63,12 +68,16 @@ def _process_group(norm: _BatchNorm) -> Any:
     return process_group if dist.get_world_size(process_group) > 1 else None
 
 
-def _fuses_with(norm: _BatchNorm, residual_norm: _BatchNorm) -> bool:
+def _fuses(norm: _BatchNorm) -> bool:
+    """Whether calling it is what ``_fused`` does with it."""
+    return is_norm(norm) and not is_watched(norm) and "forward" not in norm.__dict__
+
+
+def _agree(norm: _BatchNorm, residual_norm: _BatchNorm) -> bool:
+    """Whether both are in the same mode, over the same processes."""
     # Not through _call, which with momentum=None waits for the device.
     same_mode = _takes_batch_statistics(norm) == _takes_batch_statistics(residual_norm)
-    same_processes = _process_group(norm) is _process_group(residual_norm)
-    distinct = norm is not residual_norm and not is_watched(norm) and not is_watched(residual_norm)
-    return same_mode and same_processes and distinct
+    return same_mode and _process_group(norm) is _process_group(residual_norm)
 
 
 def tail(
@@ -77,9 +86,12 @@ def tail(
     """relu(norm(input) + s) with the bookkeeping of the modules: modes, running statistics, num_batches_tracked.
 
     s is nothing, ``residual``, or ``residual_norm(residual)``. Shapes, dtypes and errors are those of
-    ``resfused.functional``, with the modules' own rank check (ValueError). ``nn.SyncBatchNorm`` takes its statistics
-    over its process group where its own forward would, on the CPU too. Modules with hooks, and of two norms in
-    different modes or over different processes the residual's, are called as they are, unfused.
+    ``resfused.functional``, with the modules' own rank check (ValueError); TypeError for a norm that is no BatchNorm,
+    and for a missing ``residual`` of a ``residual_norm``. ``nn.SyncBatchNorm`` takes its statistics over its process
+    group where its own forward would, on the CPU too.
+
+    Called as they are, unfused: modules with hooks; subclasses with a forward of their own, say timm's BatchNormAct2d;
+    of two norms in different modes or over different processes the residual's; one norm given twice.
     """
     return forked_tail(norm, input, residual, residual_norm, forked=False)[0]
 
@@ -92,13 +104,30 @@ def forked_tail(
     forked: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``tail`` for two uses of its output: see ``FusedResidualBlock`` for what ``forked`` asks of them."""
-    if residual is not None and residual_norm is not None and not _fuses_with(norm, residual_norm):
-        residual, residual_norm = residual_norm(residual), None
-    if is_watched(norm):
+    _check_batch_norm("norm", norm)
+    if residual_norm is not None:
+        _check_batch_norm("residual_norm", residual_norm)
+    if residual is not None or residual_norm is not None:
+        check_tensor("residual", residual)
+    if not _fuses(norm) or norm is residual_norm:
         y = norm(input)
-        y = F.relu(y if residual is None else y + residual)
+        if residual is not None:
+            y = y + (residual if residual_norm is None else residual_norm(residual))
+        y = F.relu(y)
         return y, y
+    if residual_norm is not None and not (_fuses(residual_norm) and _agree(norm, residual_norm)):
+        _checked(norm, input, residual if _fuses(residual_norm) else None)
+        residual, residual_norm = residual_norm(residual), None
     return _fused(norm, input, residual, residual_norm, forked)
+
+
+def _check_batch_norm(name: str, norm: object) -> None:
+    # A compiled module is none, and holds one.
+    if not isinstance(norm, _BatchNorm) and not isinstance(getattr(norm, "_orig_mod", None), _BatchNorm):
+        raise TypeError(
+            f"{name} must be a BatchNorm, one of torch.nn.BatchNorm1d, 2d, 3d, SyncBatchNorm or a subclass, "
+            f"but got {type(norm).__name__}"
+        )
 
 
 def _fused(
@@ -109,14 +138,7 @@ def _fused(
     forked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``forked_tail`` of norms that fuse."""
-    _check_input(norm, input)
-    training, own = _call(norm)
-    residual_own = None
-    if residual_norm is not None:
-        _check_input(residual_norm, residual)
-        _, residual_own = _call(residual_norm)
-    process_group = _process_group(norm)
-    check_call(input, residual, own, residual_own, training, synchronised=process_group is not None)
+    training, own, residual_own, process_group = _checked(norm, input, residual, residual_norm)
     # Before the node: a checkpoint's recomputation stops in it, and counts as PyTorch's does.
     for each in (norm, residual_norm):
         _count(each)
@@ -125,7 +147,23 @@ def _fused(
     return synchronised.normalise_add_relu(input, residual, own, residual_own, process_group, forked)
 
 
-def _check_input(norm: _BatchNorm, input: Any) -> None:
+def _checked(
+    norm: _BatchNorm, input: Tensor, residual: Tensor | None, residual_norm: _BatchNorm | None = None
+) -> tuple[bool, Norm, Norm | None, Any]:
+    """Whether to take the batch's statistics, the norms' own arguments, the process group: all checked."""
+    _check_input("input", norm, input)
+    training, own = _call(norm)
+    residual_own = None
+    if residual_norm is not None:
+        _check_input("residual", residual_norm, residual)
+        _, residual_own = _call(residual_norm)
+    process_group = _process_group(norm)
+    check_call(input, residual, own, residual_own, training, synchronised=process_group is not None)
+    return training, own, residual_own, process_group
+
+
+def _check_input(name: str, norm: _BatchNorm, input: Any) -> None:
+    check_tensor(name, input)
     norm._check_input_dim(input)
     if isinstance(norm, nn.SyncBatchNorm):
         norm._check_non_zero_input_channels(input)
@@ -157,6 +195,7 @@ class _BatchNormAddReLU(_BatchNorm):
     qconfig = _NoConversion()
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        check_tensor("residual", residual)
         return _fused(self, input, residual)[0]
 
 

@@ -60,11 +60,12 @@ def batch_norm_add_batch_norm_relu(
     residual_eps: float = 1e-5,
 ) -> Tensor:
     """relu(batch_norm(input) + batch_norm(residual))"""
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     shortcut = F.batch_norm(
         residual, residual_running_mean, residual_running_var, residual_weight, residual_bias,
         training, residual_momentum, residual_eps,
     )  # fmt: skip
-    return batch_norm_add_relu(input, shortcut, running_mean, running_var, weight, bias, training, momentum, eps)
+    return F.relu(y + shortcut)
 
 
 class ResidualBlock(nn.Module):

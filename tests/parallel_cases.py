@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from interpreter import keep_patches
 from oracle import assert_close, relative_error
+from resfused.kernels import gpu as kernels
 from small_networks import activations, backward, chain, fused_and_eager, state, step
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import resfused
-from resfused.backend import kernels
 
 CPU = torch.device("cpu")
 

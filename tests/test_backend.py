@@ -76,3 +76,39 @@ def test_no_top_level_kernels_package():
     if installed.returncode:
         pytest.skip("resfused is not installed in this environment")
     assert installed.stdout.split() == ["None", "resfused.kernels"]
+
+
+def test_importing_is_quick_and_leaves_nothing(tmp_path):
+    """torch._dynamo takes as long to import as torch and makes a folder, Triton as long as all of resfused.
+
+    The kernels are defined when they are needed; then the environment is read, once.
+    """
+    code = (
+        "import os, sys, torch, resfused; x = torch.ones(2, 3); heavy = 'torch._dynamo', 'triton', 'rich';"
+        "print([m for m in heavy if m in sys.modules], os.listdir(os.environ['TMPDIR']), resfused.kernels.__name__);"
+        "os.environ['TRITON_INTERPRET'] = '1'; print(resfused.backend_for(x));"
+        "os.environ['TRITON_INTERPRET'] = '0'; print(resfused.backend_for(x))"
+    )
+    expected = "[] [] resfused.kernels\ntriton\ntriton\n"
+    assert python(code, TMPDIR=str(tmp_path)).stdout == expected
+
+
+def test_a_compiled_first_call_defines_the_kernels():
+    code = (
+        "import sys, torch, resfused; from torch._dynamo.testing import CompileCounter;"
+        "x = torch.randn(4, 3); counter = CompileCounter();"
+        "f = torch.compile(resfused.BatchNormReLU1d(3), backend=counter, fullgraph=True);"
+        "before = 'resfused.kernels.gpu' in sys.modules; f(x); f(x);"
+        "print(before, 'resfused.kernels.gpu' in sys.modules, counter.frame_count)"
+    )
+    assert python(code, TRITON_INTERPRET="1").stdout.split() == ["False", "True", "1"]
+
+
+@pytest.mark.parametrize("x", [None, 1.0, [1.0], "cuda"], ids=str)
+def test_backend_for_what_is_no_tensor(x):
+    for name in ("auto", "torch"):
+        with (
+            resfused.use_backend(name),
+            pytest.raises(TypeError, match=f"x must be a Tensor, but got {type(x).__name__}"),
+        ):
+            resfused.backend_for(x)

@@ -40,8 +40,7 @@ def test_a_wrong_kernel_fails_the_gate(device, monkeypatch):
     """Half of dz lost: the gate must see it, in every precision it is run in."""
     import gate
     from problems import problem
-
-    from resfused.backend import kernels
+    from resfused.kernels import gpu as kernels
 
     backward = kernels.backward
 

@@ -7,10 +7,10 @@ from unittest import mock
 import pytest
 import torch
 from oracle import LAYOUTS, in_layout, relative_error
+from resfused.kernels import gpu as kernels
 
 import resfused
 from resfused import reference
-from resfused.backend import kernels
 
 BLOCKS = {
     "ResidualBlock": ((6,), (3, 6, 7, 5)),

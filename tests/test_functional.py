@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from itertools import chain, combinations
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import FORMS, LAYOUTS, PARAMETERS, TOLERANCE, assert_close, in_layout, problem, run
+from resfused.kernels import gpu
 
 import resfused.functional as fused
 from resfused import backend_for, reference
@@ -173,17 +175,67 @@ def test_one_input_for_two_arguments(training, device):
     assert_close(gradient(fused), gradient(reference), 1e-12)
 
 
-def test_shared_running_statistics_are_updated_twice(device):
-    p = problem("norm+add(norm)+relu", (4, 5, 3, 3), torch.float64, device)
+SHARED = {
+    "the same tensors": lambda s: (s[:6], s[6:12]) * 2,
+    "views": lambda s: (s[:6], s[6:12], s[:6], s[6:12]),
+    "the mean": lambda s: (s[:6], s[6:12], s[:6], s[12:18]),
+    "the variance": lambda s: (s[:6], s[6:12], s[12:18], s[6:12]),
+    "mean and variance crossed": lambda s: (s[:6], s[6:12], s[6:12], s[:6]),
+    "a few elements": lambda s: (s[:6], s[6:12], s[12:18], s[9:15]),
+    "strided": lambda s: (s[:12:2], s[12:18], s[:12:2], s[1:13:2]),
+}
+
+
+@pytest.mark.parametrize(
+    ("shared", "compiler"),
+    [*((shared, None) for shared in SHARED), ("strided", "eager"), ("the mean", "aot_eager")],
+)
+def test_shared_running_statistics_are_updated_one_after_the_other(shared, compiler, device):
+    """First the input's norm, then the residual's, as eager does; never by two programs of one launch."""
+    p = problem("norm+add(norm)+relu", (4, 6, 3, 3), torch.float64, device)
+
+    def eager(x, r, mean, var, residual_mean, residual_var):
+        y = torch.nn.functional.batch_norm(x, mean, var, training=True, momentum=0.3)
+        r = torch.nn.functional.batch_norm(r, residual_mean, residual_var, training=True, momentum=0.2)
+        return (y + r).relu()
+
+    def ours(x, r, *statistics):
+        return fused.batch_norm_add_batch_norm_relu(
+            x, r, *statistics, training=True, momentum=0.3, residual_momentum=0.2
+        )
 
     def updated(implementation):
-        mean, var = p.tensors["running_mean"].clone(), p.tensors["running_var"].clone()
-        implementation.batch_norm_add_batch_norm_relu(
-            p.tensors["input"], p.tensors["residual"], mean, var, mean, var, training=True
-        )
-        return {"mean": mean, "var": var}
+        memory = torch.linspace(0.5, 1.5, 18, dtype=torch.float64, device=device)
+        y = implementation(p.tensors["input"], p.tensors["residual"], *SHARED[shared](memory))
+        return {"y": y, "memory": memory}
 
-    assert_close(updated(fused), updated(reference), 1e-12)
+    call = ours if compiler is None else torch.compile(ours, backend=compiler, fullgraph=True)
+    with mock.patch.object(gpu, "forward", wraps=gpu.forward) as launched:
+        assert_close(updated(call), updated(eager), 1e-12)
+    ((_, _, norm, residual_norm, *_), _) = launched.call_args
+    vectors = [v for n in (norm, residual_norm) for v in (n.running_mean, n.running_var)]
+    assert len({v[i].data_ptr() for v in vectors for i in range(6)}) == 24
+
+
+def test_norms_apart_in_one_storage_are_updated_in_one_launch(device):
+    p = problem("norm+add(norm)+relu", (4, 5, 3, 3), torch.float64, device)
+    memory = torch.ones(20, dtype=torch.float64, device=device)
+    with mock.patch.object(gpu, "forward", wraps=gpu.forward) as launched:
+        fused.batch_norm_add_batch_norm_relu(
+            p.tensors["input"], p.tensors["residual"], *memory.view(4, 5), training=True
+        )
+    assert launched.call_args.args[2].running_mean.data_ptr() == memory.data_ptr()
+
+
+@pytest.mark.parametrize(("form", "scale"), zip(FORMS, (1e35, 1e20, 1e20), strict=True))
+def test_a_variance_that_overflows_is_infinite(form, scale, device, launches):
+    """In float32, from a standard deviation of 1.8e19 / sqrt(M) on; the output is the bias, as in eager."""
+    p = problem(form, (4, 6, 5, 4), torch.float32, device)
+    p = p.with_(input=p.tensors["input"] * scale)
+    ours, eager = run(fused, p), run(reference, p)
+    assert not any(result.isnan().any() for result in ours.values())
+    assert ours["running_var"].isinf().all()
+    assert_close(ours, eager, 1e-5)
 
 
 def test_running_statistics_change_between_forward_and_backward_is_an_error(device):

@@ -8,12 +8,12 @@ from unittest import mock
 import pytest
 import torch
 from oracle import assert_close, relative_error
+from resfused.kernels import gpu as kernels
 from small_networks import ResNet, activations, chain, fused_and_eager, images, step
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import resfused
-from resfused.backend import kernels
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,13 @@ from unittest import mock
 import pytest
 import torch
 from oracle import assert_close, relative_error
+from resfused.kernels import gpu as kernels
 from small_networks import BasicBlock, ResNet, activations, chain, fused_and_eager, images, is_fused, step
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 
 import resfused
 from resfused import reference
-from resfused.backend import kernels
 
 PLACES = {
     "the model": "",

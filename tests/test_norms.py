@@ -4,10 +4,13 @@ import copy
 import inspect
 import io
 import pickle
+from types import MethodType
+from unittest import mock
 
 import pytest
 import torch
 from oracle import relative_error
+from resfused.kernels import gpu
 from torch import nn
 
 import resfused
@@ -159,3 +162,64 @@ def test_a_hook_on_a_fused_norm_sees_its_output(device):
     y = norm(torch.randn(4, 5, 3, 3, device=device))
     assert len(seen) == 1
     assert seen[0] is y
+
+
+class Scaled(nn.BatchNorm2d):
+    """A BatchNorm with a forward of its own, as timm's BatchNormAct2d is one."""
+
+    def forward(self, input):
+        return 2 * super().forward(input).sigmoid()
+
+
+def patched(norm):
+    """With a forward on the instance, as accelerate puts one there."""
+    norm.forward = MethodType(lambda self, x: 3 * nn.BatchNorm2d.forward(self, x), norm)
+    return norm
+
+
+OWN = {
+    "subclass": Scaled,
+    "instance": lambda *args, **kwargs: patched(nn.BatchNorm2d(*args, **kwargs)),
+    "fused with a ReLU": resfused.BatchNormReLU2d,
+    "compiled": lambda *args, **kwargs: torch.compile(nn.BatchNorm2d(*args, **kwargs), backend="eager"),
+}
+
+
+@pytest.mark.parametrize(
+    ("own", "second"),
+    [("subclass", None), ("subclass", "first"), ("subclass", "second"), ("subclass", "both"), ("instance", None),
+     ("instance", "second"), ("fused with a ReLU", "first"), ("fused with a ReLU", "second"), ("compiled", "both")],
+)  # fmt: skip
+def test_tail_calls_a_forward_of_the_norms_own(own, second, device):
+    """relu(norm(input) + s) is of what calling the norm gives; the other norm of two is fused where it can be."""
+    settings = {"device": device, "dtype": torch.float64}
+    plain = nn.BatchNorm2d(5, **settings)
+    norms = {
+        None: (OWN[own](5, **settings), None),
+        "first": (OWN[own](5, **settings), plain),
+        "second": (plain, OWN[own](5, **settings)),
+        "both": (OWN[own](5, **settings), OWN[own](5, **settings)),
+    }[second]
+    twins = copy.deepcopy(norms)
+    x, r = torch.randn(2, 4, 5, 3, 3, **settings).unbind()
+    with mock.patch.object(gpu, "forward", wraps=gpu.forward) as launched:
+        y = resfused.tail(norms[0], x, r, norms[1])
+    expected = twins[0](x) + (r if twins[1] is None else twins[1](r))
+    torch.testing.assert_close(y, expected.relu(), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(resfused.tail(norms[0], x), twins[0](x).relu(), rtol=1e-11, atol=1e-12)
+    for norm, twin in zip(norms, twins, strict=True):
+        if norm is not None:
+            assert_same_state(norm, twin)
+    if own != "fused with a ReLU":
+        assert launched.call_count == (1 if second == "second" else 0)
+
+
+@pytest.mark.parametrize("hook", [False, True], ids=["", "with a hook"])
+def test_tail_of_one_norm_twice_takes_the_input_first(hook, device):
+    ours, eager = nn.BatchNorm2d(5).to(device), nn.BatchNorm2d(5).to(device)
+    x, r = torch.randn(2, 4, 5, 3, 3, device=device).unbind()
+    if hook:
+        ours.register_forward_hook(lambda *_: None)
+    y = resfused.tail(ours, x, r, ours)
+    torch.testing.assert_close(y, (eager(x) + eager(r)).relu())
+    assert_same_state(ours, eager)

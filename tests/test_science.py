@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from images import DIGITS, DataError
 from networks import PlainBlock, cifar_plain, cifar_resnet
 from oracle import relative_error
+from resfused.kernels import gpu as kernels
 from science import EXPERIMENTS, agreement, degradation, page, records, session, shortcut_forms
 from science.agreement import TINY, Comparison, compare
 from science.gradients import gradients, profile
@@ -29,7 +30,6 @@ from torch import nn
 
 import resfused
 from resfused import reference
-from resfused.backend import kernels
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "science"

@@ -6,13 +6,13 @@ from unittest import mock
 import pytest
 import torch
 from oracle import LAYOUTS, in_layout, relative_error
+from resfused.kernels import gpu as kernels
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import resfused
 from resfused import reference
-from resfused.backend import kernels
 
 CHAIN = (
     ("ProjectionResidualBlock", (4, 6, 2)),

@@ -118,7 +118,8 @@ def merge_statistics(
         share = (added / tl.where(count > 0, count, 1))[:, None]
         delta = tl.where(inside, tl.load(partials + at, mask=inside, other=0) - mean, 0)
         m2 += tl.load(partials + programs * C * merging.PLANE + at, mask=inside, other=0)
-        m2 += delta * delta * share * (count - added)[:, None]
+        # In this order an overflow is Inf, and never 0·Inf.
+        m2 += delta * (delta * share * (count - added)[:, None])
         mean += delta * share
     _, mean, m2 = merge_lanes(count, mean, m2, True)
     tl.store(stats + c, mean, mask=c_inside)

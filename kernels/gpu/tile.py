@@ -260,4 +260,4 @@ def merge_lanes(count, mean, m2, CHANNELS_LAST: tl.constexpr):
     centre = tl.sum(mean * share, axis=AXIS) / total
     centre += tl.sum((mean - by_channel(centre, CHANNELS_LAST)) * share, axis=AXIS) / total
     deviation = mean - by_channel(centre, CHANNELS_LAST)
-    return total, centre, tl.sum(m2 + deviation * deviation * share, axis=AXIS)
+    return total, centre, tl.sum(m2 + deviation * (deviation * share), axis=AXIS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import nn
-from torch._dynamo import OptimizedModule
 
 from .fused_forward import FusedForward
 from .planning import Filter, Planner
@@ -52,8 +53,10 @@ def _check(model: object, filter_fn: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be callable or None, but got {type(filter_fn).__name__}")
+    # Importing torch._dynamo takes as long as torch itself; before it is, there is no compiled module.
+    dynamo = sys.modules.get("torch._dynamo")
     for name, module in model.named_modules():
-        compiled = isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
-        if compiled:
+        wrapped = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+        if wrapped or module._compiled_call_impl is not None:
             where = f"its submodule {name}" if name else "it"
             raise ValueError(f"model must not be compiled yet, but {where} is: call fuse_ first, then torch.compile")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..norms import is_watched
+from ..norms import is_norm, is_watched
 from .calls import functional_tail, tail_pair
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -39,11 +39,6 @@ class Operand(NamedTuple):
 
     norm: fx.Node
     passed: tuple[fx.Node, ...]
-
-
-def is_norm(module: object) -> bool:
-    """Whether calling it is what ``tail`` does with a norm."""
-    return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def is_relu(module: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,8 @@ def check_call(
     With ``synchronised`` statistics one value per channel is enough: other processes have more.
     """
     _check_activation(input)
+    if type(training) is not bool:
+        raise TypeError(f"training must be a bool, but got {type(training).__name__}")
     if training and not synchronised:
         _check_values(input)
     _check_norm(input, norm, training)
@@ -77,36 +80,50 @@ def _check_residual(residual: Tensor, input: Tensor) -> None:
 
 
 def _check_norm(input: Tensor, norm: Norm, training: bool, prefix: str = "") -> None:
-    """``prefix`` goes before the arguments' names in messages."""
-    weight, bias, running_mean, running_var, _, eps = norm
+    """``prefix`` goes before the arguments' names in messages, which are put together only where they are needed."""
+    weight, bias, mean, var, momentum, eps = norm
+    if type(momentum) is not float or type(eps) is not float or eps <= 0:
+        _check_numbers(norm, training, prefix)
     if not training:
-        for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+        for name, tensor in (("running_mean", mean), ("running_var", var)):
             if tensor is None:
                 raise RuntimeError(f"{prefix}{name} must be given in evaluation mode (training=False), but got None")
-    elif (running_mean is None) != (running_var is None):
+    elif (mean is None) != (var is None):
         raise ValueError(f"{prefix}running_mean and {prefix}running_var must be given together or not at all")
-    if training and eps <= 0:
-        raise ValueError(f"{prefix}eps must be positive in training, but got {eps}")
-    if eps < 0:
-        raise ValueError(f"{prefix}eps must not be negative, but got {eps}")
+    dtype, device = input.dtype, input.device
     channels = input.shape[1] if input.dim() > 1 else 0
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    for name, tensor in (
-        ("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)
-    ):  # fmt: skip
+    dtypes = (dtype, torch.float32) if dtype in (torch.float16, torch.bfloat16) else (dtype,)
+    for name, tensor in (("running_mean", mean), ("running_var", var), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
+        if not isinstance(tensor, Tensor):
+            check_tensor(f"{prefix}{name}", tensor)
         if tensor.numel() != channels:
             raise RuntimeError(
                 f"{prefix}{name} must have {channels} elements, one per channel, but got shape {tuple(tensor.shape)}"
             )
-        if tensor.dtype != input.dtype and not (half and tensor.dtype == torch.float32):
-            allowed = f"{input.dtype} or torch.float32" if half else str(input.dtype)
+        if tensor.dtype not in dtypes:
+            allowed = " or ".join(map(str, dtypes))
             raise RuntimeError(f"{prefix}{name} must have dtype {allowed} for this input, but got {tensor.dtype}")
-        if tensor.device != input.device:
-            raise RuntimeError(
-                f"{prefix}{name} must be on the device of input, {input.device}, but got {tensor.device}"
-            )
-    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+        if tensor.device != device:
+            raise RuntimeError(f"{prefix}{name} must be on the device of input, {device}, but got {tensor.device}")
+    for name, tensor in (("running_mean", mean), ("running_var", var)):
         if tensor is not None and tensor.requires_grad:
             raise RuntimeError(f"{prefix}{name} must not require a gradient: it is a statistic, and gets none")
+
+
+def _check_numbers(norm: Norm, training: bool, prefix: str) -> None:
+    for name, value in (("momentum", norm.momentum), ("eps", norm.eps)):
+        if not _is_number(value):
+            raise TypeError(f"{prefix}{name} must be a number, but got {type(value).__name__}")
+    if training and norm.eps <= 0:
+        raise ValueError(f"{prefix}eps must be positive in training, but got {norm.eps}")
+    if norm.eps < 0:
+        raise ValueError(f"{prefix}eps must not be negative, but got {norm.eps}")
+
+
+def _is_number(value: object) -> bool:
+    """What PyTorch's operators take for one: a tensor of no dimensions too."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0 and not value.requires_grad
+    return isinstance(value, (Real, torch.SymInt, torch.SymFloat))

@@ -7,13 +7,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import reference
-from ..backend import backend_for, kernels
+from ..backend import backend_for
+from . import ops
 from .arguments import Norm
 from .function import FusedResidualBlock
 from .packed import pack
-
-if kernels is not None:
-    from . import ops
 
 
 def normalise_add_relu(
@@ -24,7 +22,7 @@ def normalise_add_relu(
     With ``forked`` the two are tensors of their own where the kernels run (see ``FusedResidualBlock``), else one and
     the same. The arguments have passed ``check_call``.
     """
-    if _share_statistics(norm, residual_norm, training) or _is_transformed() or backend_for(input) == "torch":
+    if _is_transformed() or backend_for(input) == "torch":
         y = _plain(input, residual, norm, residual_norm, training)
         return y, y
     norms = pack(norm, residual_norm)
@@ -39,13 +37,6 @@ def normalise_add_relu(
 def _is_transformed() -> bool:
     """Whether torch.func transforms the call, or it is differentiated forwards: PyTorch's operators know how."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _share_statistics(norm: Norm, residual_norm: Norm | None, training: bool) -> bool:
-    """Two norms that share buffers update them one after the other, which one launch for both would not."""
-    if not training or residual_norm is None or norm.running_mean is None:
-        return False
-    return norm.running_mean is residual_norm.running_mean
 
 
 def _plain(input: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import kernels, require_kernels
+from ..backend import require_kernels
+from . import ops
 from .arguments import Norm
 from .packed import (
     Arguments,
@@ -23,9 +24,6 @@ from .packed import (
     with_tensors,
     without_running_statistics,
 )
-
-if kernels is not None:
-    from . import ops
 
 
 class FusedResidualBlock(torch.autograd.Function):

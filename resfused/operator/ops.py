@@ -72,12 +72,55 @@ def _or_empty(mask: Tensor | None, x: Tensor) -> Tensor:
 def _forward_training(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *values, save_mask = rest
     norms = Norms(*values)
+    if _share_statistics(norms):
+        return _forward_training_in_turn(x, residual, norms, save_mask)
     kernels = require_kernels(x)
     used = _norms_of(kernels, norms)
     with torch.cuda.device_of(x):
         y, mask, stats = kernels.forward(x, residual, *used, True, save_mask)
     _write_back(norms, used)
     return y, _or_empty(mask, x), stats
+
+
+def _share_statistics(norms: Norms) -> bool:
+    """Whether running statistics of the one norm and of the other may lie in the same memory."""
+    own = _addresses(norms.running_mean, norms.running_var)
+    others = _addresses(norms.residual_running_mean, norms.residual_running_var)
+    return any(start < other_end and other < end for start, end in own for other, other_end in others)
+
+
+def _addresses(*vectors: Tensor | None) -> list[tuple[int, int]]:
+    """Of the first byte of each, and of the one after its last."""
+    return [(v.data_ptr(), v.data_ptr() + _extent(v)) for v in vectors if v is not None]
+
+
+def _extent(vector: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if vector.is_contiguous():
+        return vector.nbytes
+    steps = sum((n - 1) * stride for n, stride in zip(vector.shape, vector.stride(), strict=True))
+    return (steps + 1) * vector.element_size()
+
+
+def _forward_training_in_turn(
+    x: Tensor, residual: Tensor | None, norms: Norms, save_mask: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of two norms that share running statistics, which one launch for both would update in a race.
+
+    It takes the batch's alone, with a momentum of one; the updates follow, one after the other as in eager.
+    """
+    batch: dict[str, Any] = {
+        name: torch.zeros_like(vector, dtype=torch.promote_types(vector.dtype, torch.float32))
+        for name, vector in norms._asdict().items()
+        if name.endswith(("running_mean", "running_var"))
+    }
+    alone = norms._replace(**batch, momentum=1.0, residual_momentum=1.0)
+    results = _forward_training(x, residual, *alone, save_mask)
+    for name, new in batch.items():
+        running = getattr(norms, name)
+        momentum = norms.residual_momentum if name.startswith("residual") else norms.momentum
+        running.copy_(running * (1 - momentum) + new * momentum)
+    return results
 
 
 def _forward_frozen(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:

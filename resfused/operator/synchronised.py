@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..backend import backend_for, kernels
-from . import phases
+from ..backend import backend_for
+from . import ops, phases
 from .arguments import Norm
 from .packed import (
     Affine,
@@ -23,9 +23,6 @@ from .packed import (
     wanted_of,
     where_wanted,
 )
-
-if kernels is not None:
-    from . import ops
 
 # The newer name of the same collective; the older one is deprecated where there are both.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
