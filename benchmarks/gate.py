@@ -8,8 +8,8 @@ from itertools import product
 import torch
 from nodes import FORMS
 from problems import LAYOUTS, Problem, problem
+from progress import track
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
