@@ -19,20 +19,18 @@ import argparse
 import math
 import multiprocessing
 import os
-import re
-import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
 import torch
+import triton
 from arguments import write_json
+from machine_code import FLOAT64, FLOAT_ATOMIC, Access, UnreadableError, narrowest, read_back, tile_accesses, widths
 from offline import Launch, compiling_for
 from progress import track
 from resfused.kernels import gpu
@@ -41,8 +39,6 @@ from resfused.kernels.gpu import launch_table
 from rich.console import Console
 from rows import Rows
 from torch import Tensor
-from triton import knobs
-from triton.compiler import CompiledKernel
 
 KIB = 1024
 IN_FLIGHT = 32 * KIB
@@ -111,25 +107,9 @@ class Task(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
 
 
-class Instruction(NamedTuple):
-    opcode: str
-    source: tuple[str, int]
-    """The file and the line that it was compiled from."""
-
-
-class Access(NamedTuple):
-    """A load or a store of a tile of an activation or, of one byte, of a bit mask."""
-
-    loads: bool
-    elements: int
-    itemsize: int
-    offset_bits: int
-    source: tuple[str, int]
-
-
 @dataclass(frozen=True)
 class Row:
-    """One launch. Widths are in bits; ``narrowest`` is that of the accesses to activations, 0 where one is missing."""
+    """One launch. Widths are in bits; ``narrowest`` is that of the accesses to activations."""
 
     architecture: str
     kernel: str
@@ -210,16 +190,27 @@ def compile_launches(form: str, phase: str, dtype: torch.dtype, layout: str, sha
     )
 
 
-def rows_of(task: Task) -> list[Row]:
+class Audit(NamedTuple):
+    """The launches that could be read back, and of each other one which it is and why not."""
+
+    rows: list[Row]
+    unread: list[str]
+
+
+def rows_of(task: Task) -> Audit:
     """Every launch of a task, compiled and read back. Needs a process without TRITON_INTERPRET."""
-    rows = []
+    rows, unread = [], []
     dtype = getattr(torch, task.dtype)
     for shape, form, phase in product(task.shapes, FORMS, PHASES):
         g = geometry(torch.empty(shape, device="meta", memory_format=LAYOUTS[task.layout]))
         with compiling_for(task.architecture) as launches:
             compile_launches(form, phase, dtype, task.layout, shape)
-        rows += [row_of(task, shape, form, phase, g, launch) for launch in launches]
-    return rows
+        for launch in launches:
+            try:
+                rows.append(row_of(task, shape, form, phase, g, launch))
+            except UnreadableError as error:
+                unread.append(f"{task.architecture} {launch.kernel.name} ({form}, {phase}, {task.dtype}): {error}")
+    return Audit(rows, unread)
 
 
 def row_of(task: Task, shape: tuple[int, ...], form: str, phase: str, g: Geometry, launch: Launch) -> Row:
@@ -227,11 +218,11 @@ def row_of(task: Task, shape: tuple[int, ...], form: str, phase: str, g: Geometr
     architecture = ARCHITECTURES[task.architecture]
     name = kernel.name.removeprefix("_").removesuffix("_kernel")
     streams = (name, g.channels_last) in launch_table.STREAMING
-    code, registers, spilled = read_back(kernel)
+    code = read_back(kernel)
     accesses = tile_accesses(kernel.asm["ttir"]) if streams else []
     activations = [a for a in accesses if a.itemsize > 1]
     warps = kernel.metadata.num_warps
-    resident = resident_programs(architecture, warps, registers, kernel.metadata.shared)
+    resident = resident_programs(architecture, warps, code.registers, kernel.metadata.shared)
     loaded = sum(a.itemsize for a in activations if a.loads)
     in_flight = tile_elements_inside(name, g, task.dtype == "float64") * loaded if streams else 0.0
     return Row(
@@ -245,15 +236,15 @@ def row_of(task: Task, shape: tuple[int, ...], form: str, phase: str, g: Geometr
         hash=kernel.hash,
         grid=launch.grid,
         warps=warps,
-        registers=registers,
-        spilled=spilled,
+        registers=code.registers,
+        spilled=code.spilled,
         shared=kernel.metadata.shared,
-        instructions=len(code),
-        loads=widths(code, loads=True),
-        stores=widths(code, loads=False),
-        float_atomics=sum(_FLOAT_ATOMIC.match(i.opcode) is not None for i in code),
-        float64=sum(_FLOAT64.search(i.opcode) is not None for i in code),
-        narrowest=narrowest(activations, code),
+        instructions=len(code.opcodes),
+        loads=widths(code.opcodes, loads=True),
+        stores=widths(code.opcodes, loads=False),
+        float_atomics=sum(FLOAT_ATOMIC.match(opcode) is not None for opcode in code.opcodes),
+        float64=sum(FLOAT64.search(opcode) is not None for opcode in code.opcodes),
+        narrowest=narrowest(activations, code.transfers),
         least_width=least_width(activations, g, warps * architecture.lanes),
         offset_bits=min((a.offset_bits for a in accesses), default=64),
         resident_warps=resident * warps,
@@ -286,121 +277,6 @@ def least_width(activations: list[Access], g: Geometry, threads: int) -> int:
     return 128 if activations and wide else 0
 
 
-def narrowest(activations: list[Access], code: list[Instruction]) -> int:
-    """The width of the narrowest access to an activation, by the source lines of the machine code."""
-    found: dict[tuple[bool, tuple[str, int]], int] = {}
-    for loads, i in product((True, False), code):
-        if width := width_of(i.opcode, loads):
-            found[loads, i.source] = min(width, found.get((loads, i.source), width))
-    return min((found.get((a.loads, a.source), 0) for a in activations), default=0)
-
-
-_DEFINITION = re.compile(r"^ *(%[\w#]+) = (tt\.\w+) (%[\w#]+).* : (.*) loc\(", re.MULTILINE)
-_TILE_ACCESS = re.compile(
-    r"tt\.(load|store) (%[\w#]+).* : tensor<(\d+)x(\d+)x!tt\.ptr<([a-z]+)(\d+)>> loc\((#loc\d+)\)"
-)
-_LOCATION = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
-
-
-def tile_accesses(ttir: str) -> list[Access]:
-    """The loads and stores of whole tiles in a streaming kernel's Triton code."""
-    definitions = {name: (operation, of, types) for name, operation, of, types in _DEFINITION.findall(ttir)}
-    locations = dict(_LOCATION.findall(ttir))
-
-    def source(location: str) -> tuple[str, int]:
-        """The innermost line of a location, through names and inlined calls."""
-        while (place := re.match(r'"(.+)":(\d+):', locations[location])) is None:
-            location = re.findall(r"#loc\d+", locations[location])[0]
-        return place[1], int(place[2])
-
-    def offset_bits(pointer: str) -> int:
-        """Width of the scalar offset under a tile of pointers: 64 too where there is none."""
-        while pointer in definitions:
-            operation, pointer, types = definitions[pointer]
-            if operation == "tt.addptr" and not types.startswith("tensor"):
-                return int(types.rpartition(", i")[2])
-        return 64
-
-    return [
-        Access(kind == "load", int(rows) * int(columns), int(bits) // 8, offset_bits(pointer), source(location))
-        for kind, pointer, rows, columns, _, bits, location in _TILE_ACCESS.findall(ttir)
-    ]
-
-
-_FLOAT_ATOMIC = re.compile(r"(RED|ATOM)\w*\..*(F16|BF16|F32|F64)|(global|buffer|flat)_atomic_\w*f(16|32|64)")
-_FLOAT64 = re.compile(r"^D(ADD|MUL|FMA|SETP|MNMX)\b|F64|^MUFU.*64|_f64")
-_NVIDIA_ACCESS = re.compile(r"(LDG|STG)\b(?:.*?\.[US]?(8|16|64|128|256)(?=\.|$))?")
-_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_[us]?(byte|short|dword(?:x\d)?)")
-_AMD_BITS = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
-
-
-def width_of(opcode: str, loads: bool) -> int:
-    """Bits that each thread moves in a load from, or a store to, global memory; 0 for any other instruction."""
-    if access := _NVIDIA_ACCESS.match(opcode):
-        return int(access[2] or 32) if (access[1] == "LDG") == loads else 0
-    if access := _AMD_ACCESS.match(opcode):
-        return _AMD_BITS[access[2]] if (access[1] == "load") == loads else 0
-    return 0
-
-
-def widths(code: Iterable[Instruction], loads: bool) -> dict[int, int]:
-    """How many loads or stores there are of each width, the widest first."""
-    counts = Counter(width_of(i.opcode, loads) for i in code)
-    return {width: counts[width] for width in sorted(counts, reverse=True) if width}
-
-
-def read_back(kernel: CompiledKernel) -> tuple[list[Instruction], int, int]:
-    """(machine code, registers of a thread, spilled bytes or registers) of a compiled kernel."""
-    return read_cubin(kernel.asm["cubin"]) if "cubin" in kernel.asm else read_amdgcn(kernel.asm["amdgcn"])
-
-
-_SASS = re.compile(r'File "(.+?)", line (\d+)|^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)', re.MULTILINE)
-
-
-@lru_cache(maxsize=1024)
-def read_cubin(cubin: bytes) -> tuple[list[Instruction], int, int]:
-    """Of NVIDIA's format, by the disassembler that Triton's package carries. A spill is a use of local memory."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        sass, usage = (
-            subprocess.run([*command, file.name], capture_output=True, check=True, text=True).stdout
-            for command in (
-                [knobs.nvidia.nvdisasm.path, "-c", "-g"],
-                [knobs.nvidia.cuobjdump.path, "--dump-resource-usage"],
-            )
-        )
-    source = ("", 0)
-    code = []
-    for file_name, line, opcode in _SASS.findall(sass):
-        if file_name:
-            source = file_name, int(line)
-        elif opcode != "NOP":
-            code.append(Instruction(opcode, source))
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    return code, int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
-
-
-_GCN = re.compile(r'^\t\.file\t(\d+) "(.*?)" "(.*?)"|^\t\.loc\t(\d+) (\d+)|^\t([a-z]\w+) ', re.MULTILINE)
-
-
-@lru_cache(maxsize=1024)
-def read_amdgcn(assembly: str) -> tuple[list[Instruction], int, int]:
-    """Of AMD's assembly, which carries its own counts of vector registers and of spills."""
-    files: dict[str, str] = {}
-    source = ("", 0)
-    code = []
-    for number, folder, name, file, line, opcode in _GCN.findall(assembly):
-        if number:
-            files[number] = f"{folder}/{name}"
-        elif file:
-            source = files[file], int(line)
-        else:
-            code.append(Instruction(opcode, source))
-    found = dict(re.findall(r"^ +\.(vgpr_count|[sv]gpr_spill_count): +(\d+)", assembly, re.MULTILINE))
-    return code, int(found["vgpr_count"]), int(found["sgpr_spill_count"]) + int(found["vgpr_spill_count"])
-
-
 @contextmanager
 def compiler_environment() -> Iterator[None]:
     """Processes started within it compile, whatever this one does, and find nothing compiled before."""
@@ -415,12 +291,14 @@ def compiler_environment() -> Iterator[None]:
             os.environ.update(before)
 
 
-def audit(tasks: list[Task], console: Console) -> list[Row]:
-    """The rows of all tasks, compiled in processes of their own."""
+def audit(tasks: list[Task], console: Console) -> Audit:
+    """All tasks, compiled in processes of their own."""
     with compiler_environment(), ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(rows_of, task) for task in tasks]
         finished = track(as_completed(futures), "Compiling", console, len(futures))
-        return sorted((row for future in finished for row in future.result()), key=_order)
+        found = [future.result() for future in finished]
+    rows = sorted((row for each in found for row in each.rows), key=_order)
+    return Audit(rows, [reason for each in found for reason in each.unread])
 
 
 def tasks_of(architectures: Iterable[str], short: bool) -> list[Task]:
@@ -484,10 +362,10 @@ def _cells(row: Row) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the audit; 0 if every launch keeps every budget, else 1."""
+    """Prints the audit; 0 if every launch that can be read keeps every budget, else 1."""
     console = Console()
     default = ("sm_90",) if args.short else DEFAULT_ARCHITECTURES
-    rows = audit(tasks_of(args.arch or default, args.short), console)
+    rows, unread = audit(tasks_of(args.arch or default, args.short), console)
     show(rows, console)
     broken = [(row, violations(row)) for row in rows if violations(row)]
     for row, found in broken:
@@ -495,6 +373,9 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"[red]{case}: {'; '.join(found)}", soft_wrap=True, highlight=False)
     kernels_compiled = len({(row.architecture, row.hash) for row in rows})
     console.print(f"{len(rows)} launches, {kernels_compiled} kernels, {len(broken)} launches over budget")
+    if unread:
+        what = f"{len(unread)} launches more not judged: what Triton {triton.__version__} makes of them cannot be read."
+        console.print(what, unread[0], style="yellow", markup=False, soft_wrap=True, highlight=False)
     if args.json:
         write_json(args.json, [asdict(row) | {"violations": violations(row)} for row in rows])
     return 1 if broken else 0

@@ -13,7 +13,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ class Way:
 
     def model(self, network: nn.Module) -> nn.Module:
         """A copy of ``network`` as this way has it."""
-        model = copy.deepcopy(network).to(self.parameters).to(memory_format=LAYOUTS[self.layout])  # type: ignore[call-overload]
+        model = cast(Any, copy.deepcopy(network)).to(self.parameters, memory_format=LAYOUTS[self.layout])
         if self.fused:
             resfused.fuse_(model)
         return cast(nn.Module, torch.compile(model, mode=self.compiled, dynamic=False)) if self.compiled else model

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -79,7 +79,7 @@ def launched() -> Iterator[Processes]:
     processes = Processes(rank, max(size, 1), _device(local_rank))
     if size > 1:
         dist.init_process_group("nccl" if processes.device.type == "cuda" else "gloo")
-        processes.group = dist.new_group(backend="gloo")
+        processes.group = cast(Any, dist.new_group(backend="gloo"))
     yield processes
     # Not after an error: the others may be waiting for this process, and learn from its end that it will not come.
     if size > 1:

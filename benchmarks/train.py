@@ -12,7 +12,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import checkpoints
 import torch
@@ -96,7 +96,7 @@ def _networks(args: argparse.Namespace, images: Images, processes: Processes) ->
     """The network, and what trains it in every process."""
     network = _plain_network(args.model, args.depth, images).to(processes.device, DTYPES[args.dtype])
     if args.channels_last:
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        cast(Any, network).to(memory_format=torch.channels_last)
     model = processes.parallel(network)
     # All in place, and after DistributedDataParallel was made, which refuses SyncBatchNorm on the CPU.
     if args.sync_batchnorm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import audit
+import machine_code
 import pytest
+import triton
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -43,7 +46,6 @@ GOOD = audit.Row(
 BAD = {
     "spill": {"spilled": 16},
     "narrow access": {"narrowest": 64},
-    "missing access": {"narrowest": 0},
     "float atomic": {"float_atomics": 1},
     "float64": {"float64": 1},
     "in flight": {"in_flight": audit.IN_FLIGHT - 1},
@@ -81,13 +83,26 @@ SASS = {
     ],
 }
 
+WIDE = "@%p1 ld.global.L1::evict_first.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];"
+ASSEMBLY = {
+    "one line": ".loc 1 80 9\n// begin inline asm\nmov.u32 %r1, 0x0;\n" + WIDE + "\n// end inline asm\n",
+    "counted lines": ".loc 1 80 9\n// begin inline asm\n"
+    + "".join(f".loc 1 {line} 9\nmov.u32 %r{line - 79}, 0x0;\n" for line in (80, 81, 82, 83))
+    + WIDE
+    + "\n// end inline asm\n",
+}
+NARROW = "@%p1 ld.global.b32 { %r5 }, [ %rd2 + 0 ];"
+NEIGHBOUR = "// begin inline asm\n.loc 1 83 9\nmov.u32 %r5, 0x0;\n" + NARROW + "\n// end inline asm\n"
+FILES = '.file 1 "kernel.py"\n'
+
 
 def compiled(architecture: str, shapes: tuple[tuple[int, ...], ...], tmp_path: Path) -> list[audit.Row]:
-    """The rows of both layouts in bfloat16, from a process that compiles whatever this one does."""
+    """The rows of both layouts in bfloat16, all read back, from a process that compiles whatever this one does."""
     program = (
         "import audit, json, sys; from dataclasses import asdict; architecture, shapes = json.loads(sys.argv[1]);"
         "tasks = [audit.Task(architecture, 'bfloat16', l, tuple(map(tuple, shapes))) for l in audit.LAYOUTS];"
-        "print(json.dumps([asdict(row) for task in tasks for row in audit.rows_of(task)]))"
+        "rows, unread = (sum(part, []) for part in zip(*map(audit.rows_of, tasks)));"
+        "print(json.dumps([[asdict(row) for row in rows], unread]))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
@@ -99,7 +114,9 @@ def compiled(architecture: str, shapes: tuple[tuple[int, ...], ...], tmp_path: P
         check=True,
         text=True,
     ).stdout
-    return [audit.Row(**row | {"shape": tuple(row["shape"])}) for row in json.loads(out)]
+    rows, unread = json.loads(out)
+    assert unread == []
+    return [audit.Row(**row | {"shape": tuple(row["shape"])}) for row in rows]
 
 
 def broken(rows: list[audit.Row]) -> set[tuple[str, ...]]:
@@ -141,11 +158,35 @@ def test_a_small_shape_needs_no_more_than_it_has() -> None:
 
 @pytest.mark.parametrize("opcode", WIDTHS)
 def test_width_of_an_instruction(opcode: str) -> None:
-    assert (audit.width_of(opcode, True), audit.width_of(opcode, False)) == WIDTHS[opcode]
+    assert (machine_code.width_of(opcode, True), machine_code.width_of(opcode, False)) == WIDTHS[opcode]
 
 
 @pytest.mark.parametrize("kind", SASS)
 def test_kind_of_an_instruction(kind: str) -> None:
     for opcode in SASS[kind]:
-        assert bool(audit._FLOAT_ATOMIC.match(opcode)) == (kind == "float_atomics"), opcode
-        assert bool(audit._FLOAT64.search(opcode)) == (kind == "float64"), opcode
+        assert bool(machine_code.FLOAT_ATOMIC.match(opcode)) == (kind == "float_atomics"), opcode
+        assert bool(machine_code.FLOAT64.search(opcode)) == (kind == "float64"), opcode
+
+
+@pytest.mark.parametrize("lines", ASSEMBLY)
+def test_a_load_is_of_the_line_where_its_assembly_begins(lines: str) -> None:
+    transfers = machine_code.transfers_of(ASSEMBLY[lines] + NEIGHBOUR + FILES)
+    assert transfers == [(True, 128, ("kernel.py", 80)), (True, 32, ("kernel.py", 83))]
+    wide, narrow = (machine_code.Access(True, 4096, 2, 64, ("kernel.py", line)) for line in (80, 83))
+    assert machine_code.narrowest([wide], transfers) == 128
+    assert machine_code.narrowest([wide, narrow], transfers) == 32
+
+
+def test_what_cannot_be_read_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    access = machine_code.Access(True, 4096, 2, 64, ("kernel.py", 80))
+    with pytest.raises(machine_code.UnreadableError, match=r"load in line 80 of kernel\.py"):
+        machine_code.narrowest([access], [machine_code.Transfer(True, 128, ("kernel.py", 83))])
+    with pytest.raises(machine_code.UnreadableError, match="no access to a tile"):
+        machine_code.tile_accesses("")
+    monkeypatch.setattr(audit, "audit", lambda tasks, console: audit.Audit([GOOD], ["sm_90 normalise: [why]"]))
+    parser = argparse.ArgumentParser()
+    audit.add_arguments(parser)
+    assert audit.run(parser.parse_args(["--short"])) == 0
+    said = capsys.readouterr().out
+    assert f"1 launches more not judged: what Triton {triton.__version__} makes" in said
+    assert "sm_90 normalise: [why]" in said

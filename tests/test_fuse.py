@@ -379,7 +379,7 @@ def test_left_alone_with_the_reason(name, device):
     assert not report.fused
     reasons = {entry.norm: entry.reason for entry in report.left}
     assert reason in reasons["bn1"], reasons
-    assert reasons["bn1"] in str(report).replace("\n", "") or len(reasons["bn1"]) > 60
+    assert " ".join(reasons["bn1"].split()) in report.table()
 
 
 def test_input_changed_before_the_relu(device):
@@ -531,4 +531,4 @@ def test_report_counts_pairs(device):
     model = nn.Sequential(*(Parts(ADDITIONS["out + x"][1]) for _ in range(3)))
     report = fused_like_plain(model, device)
     assert [entry.forked for entry in report.fused] == [True, True, False]
-    assert "3 of 6 norms fused in 3 places: 3 norm+add+relu" in str(report)
+    assert str(report).startswith("3 of 6 norms fused in 3 places\n     3 norm+add+relu")

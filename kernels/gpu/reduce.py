@@ -18,9 +18,11 @@ from .tile import (
     Tiling,
     affine,
     aligned,
+    by_channel,
     channels_of,
     first_walk,
     load_norm,
+    load_rstd,
     locate,
     locate_bits,
     locate_partials,
@@ -88,12 +90,12 @@ def reduce(
 ):  # fmt: skip
     """A program's Σ dz, Σ dz·x̂ (and Σ dz·ŝ), and every gradient that needs no sum: dz, and all when FROZEN."""
     c, c_inside = channels_of(walk.channel_block, walk.C, tiling.BLOCK_C)
-    m, r, scale, shift = load_norm(norm, c, c_inside, spread.EPS, spread.FROZEN, tiling)
+    m, _, scale, shift = load_norm(norm, c, c_inside, spread.EPS, spread.FROZEN, tiling)
     TILE: tl.constexpr = (tiling.BLOCK_S, tiling.BLOCK_C) if tiling.CHANNELS_LAST else (tiling.BLOCK_C, tiling.BLOCK_S)
     sum_dz = tl.zeros(TILE, tiling.ACC)
     sum_dz_x = tl.zeros(TILE, tiling.ACC)
     if saved.residual is not None:
-        residual_m, residual_r, residual_scale, residual_shift = load_norm(
+        residual_m, _, residual_scale, residual_shift = load_norm(
             second, c, c_inside, spread.RESIDUAL_EPS, spread.FROZEN, tiling
         )
         sum_dz_residual = tl.zeros(TILE, tiling.ACC)
@@ -124,9 +126,13 @@ def reduce(
         row = walk.programs * walk.C
         to = partials + walk.program * walk.C + c
         tl.store(to, tl.sum(sum_dz, axis=AXIS), mask=c_inside)
+        # Loaded anew, so that no register keeps it over the tiles.
+        r = by_channel(load_rstd(norm, c, c_inside, spread.EPS, spread.FROZEN, tiling), tiling.CHANNELS_LAST)
         tl.store(to + row, tl.sum(sum_dz_x * r, axis=AXIS), mask=c_inside)
         if saved.residual is not None:
-            tl.store(to + 2 * row, tl.sum(sum_dz_residual * residual_r, axis=AXIS), mask=c_inside)
+            r = load_rstd(second, c, c_inside, spread.RESIDUAL_EPS, spread.FROZEN, tiling)
+            r = by_channel(r, tiling.CHANNELS_LAST)
+            tl.store(to + 2 * row, tl.sum(sum_dz_residual * r, axis=AXIS), mask=c_inside)
 
 
 @triton.jit

@@ -204,13 +204,20 @@ def locate_partials(first, c, c_inside, C, programs, PLANE: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def load_rstd(norm, column, c_inside, EPS: tl.constexpr, FROZEN: tl.constexpr, tiling: tl.constexpr):
+    """rstd of a block of columns."""
+    r = tl.load(norm.rstd + column // tiling.PLANE, mask=c_inside, other=1).to(tiling.ACC)
+    if FROZEN:
+        r = 1 / tl.sqrt(r + EPS)
+    return r
+
+
+@triton.jit
 def load_norm(norm, column, c_inside, EPS: tl.constexpr, FROZEN: tl.constexpr, tiling: tl.constexpr):
     """(mean, rstd, weight·rstd, bias) of a block of columns, over a tile."""
     c = column // tiling.PLANE
     m = tl.load(norm.mean + c, mask=c_inside, other=0).to(tiling.ACC)
-    r = tl.load(norm.rstd + c, mask=c_inside, other=1).to(tiling.ACC)
-    if FROZEN:
-        r = 1 / tl.sqrt(r + EPS)
+    r = load_rstd(norm, column, c_inside, EPS, FROZEN, tiling)
     scale = r
     if norm.weight is not None:
         scale = r * tl.load(norm.weight + c, mask=c_inside, other=0).to(tiling.ACC)

@@ -6,6 +6,7 @@ import sys
 
 from torch import nn
 
+from ..backend import backend_for
 from .fused_forward import FusedForward
 from .planning import Filter, Planner
 from .reasons import left
@@ -29,7 +30,7 @@ def fuse_(model: nn.Module, filter_fn: Filter | None = None) -> Report:
     planner = Planner(model, filter_fn)
     forwards = planner.forwards()
     fused = planner.fused()
-    report = Report(fused, left(planner, fused))
+    report = Report(fused, left(planner, fused), _on_kernels(model))
     unfuse_(model)
     for forward in forwards:
         forward.put_on()
@@ -46,6 +47,15 @@ def unfuse_(model: nn.Module) -> None:
         forward = module.__dict__.get("forward")
         if isinstance(forward, FusedForward):
             forward.take_off()
+
+
+def _on_kernels(model: nn.Module) -> bool:
+    """Whether activations take the kernels where the model's parameters lie."""
+    try:
+        return any(backend_for(p) == "triton" for p in model.parameters() if p.is_floating_point())
+    except RuntimeError:
+        # The kernels are forced; they cannot run there.
+        return False
 
 
 def _check(model: object, filter_fn: object) -> None:

@@ -103,20 +103,25 @@ def is_still(module: nn.Module, kind: Kind) -> bool:
     return found is not None and type(found) is kind.type and not is_watched(found)
 
 
+_ATTRIBUTES = ("forward", "_replicate_for_data_parallel", "extra_repr")
+
+
 class FusedForward:
     """``module.forward`` of a fused module. It is copied and pickled with the module."""
 
-    def __init__(self, module: nn.Module, plans: tuple[Plan, ...]):
+    def __init__(self, module: nn.Module, plans: tuple[Plan, ...], places: tuple[str, ...]):
         self.module = module
         self.plans = plans
+        self.places = places
+        """Of each: its form, and in brackets its norms."""
 
     def put_on(self) -> None:
         """Not as parameters, buffers or submodules: they lie in the instance's dictionary, over the class's methods."""
-        for name, function in (("forward", self), ("_replicate_for_data_parallel", self.replica)):
+        for name, function in zip(_ATTRIBUTES, (self, self.replica, self.extra_repr), strict=True):
             object.__setattr__(self.module, name, function)
 
     def take_off(self) -> None:
-        for name in ("forward", "_replicate_for_data_parallel"):
+        for name in _ATTRIBUTES:
             object.__delattr__(self.module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -132,8 +137,16 @@ class FusedForward:
     def replica(self) -> nn.Module:
         """What nn.DataParallel asks of a module: a shallow copy, which would have the forward of the original."""
         replica = type(self.module)._replicate_for_data_parallel(self.module)
-        FusedForward(replica, self.plans).put_on()
+        FusedForward(replica, self.plans, self.places).put_on()
         return replica
+
+    def extra_repr(self) -> str:
+        """What the module's repr says of it, and in a line of its own what is fused."""
+        own = type(self.module).extra_repr(self.module)
+        what = ", ".join(self.places) or "pairs handed on"
+        if not any(plan.holds(self.module) for plan in self.plans):
+            what = "no more: the module has changed, call fuse_ again"
+        return "\n".join([own] * bool(own) + [f"fused: {what}"])
 
     def forward_forked(self, x: Tensor, shortcut: Tensor, forked: bool) -> tuple[Tensor, Tensor] | None:
         """See ``ForkedBlock``; None where the module must be called as any other."""

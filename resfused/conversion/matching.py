@@ -33,6 +33,11 @@ class Site:
     functional: bool
     skipped: tuple[str, ...]
 
+    def __str__(self) -> str:
+        """The form and the norms, of which one may be the module itself."""
+        norms = ", ".join(filter(None, self.norms))
+        return f"{self.form} ({norms})" if norms else self.form
+
 
 class Operand(NamedTuple):
     """A norm's call, and the identities between it and where its output is used; the last of them first."""

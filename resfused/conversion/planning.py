@@ -79,7 +79,8 @@ class Planner:
                 drafts = drafts[:1]
             plans = tuple(draft.plan() for draft in drafts if draft.sites or draft.hands_on)
             if plans:
-                found.append(FusedForward(module, plans))
+                places = {site.norms[0]: str(site) for draft in reversed(drafts) for site in draft.sites}
+                found.append(FusedForward(module, plans, tuple(places.values())))
         return found
 
     def fused(self) -> tuple[Fused, ...]:

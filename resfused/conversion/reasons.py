@@ -10,7 +10,7 @@ from ..norms import is_watched
 from .matching import Matcher, calls_of, is_identity, is_norm
 from .planning import Planner
 from .report import Fused, Left
-from .tracing import UntraceableError
+from .tracing import UntraceableError, a_type
 
 
 def left(planner: Planner, fused: tuple[Fused, ...]) -> tuple[Left, ...]:
@@ -88,9 +88,9 @@ def _followed(planner: Planner, matcher: Matcher, user: fx.Node, what: str) -> s
         return f"{what} may be changed in place before the ReLU, or the addition changes what others hold"
     if module is None:
         return f"{what} goes to {getattr(user.target, '__name__', user.target)}, not to a ReLU"
-    return f"{what} goes to {planner.names[module]}, a {type(module).__name__}, not to a ReLU"
+    return f"{what} goes to {planner.names[module]}, {a_type(module)}, not to a ReLU"
 
 
 def _named(planner: Planner, module: nn.Module) -> str:
     name = planner.names[module]
-    return f"{name}, a {type(module).__name__}," if name else f"the model, a {type(module).__name__},"
+    return f"{name}, {a_type(module)}," if name else f"the model, {a_type(module)},"

@@ -1,15 +1,18 @@
-"""What ``fuse_`` did, as data and as a table."""
+"""What ``fuse_`` did, as data, in short and in full."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from dataclasses import dataclass
-from io import StringIO
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 _EAGER = {"norm+relu": 13.0, "norm+add+relu": 16.0, "norm+add(norm)+relu": 24.0}
 _OURS = {"norm+relu": 8.0, "norm+add+relu": 10.125, "norm+add(norm)+relu": 13.0}
 _FORK_EAGER = 3.0
 _FORK_OURS = {"norm+relu": 2.0, "norm+add+relu": 1.0, "norm+add(norm)+relu": 2.0}
+_REASONS, _NAMES = 4, 3
+"""How many reasons ``str`` gives, and how many norms of each it names: 15 lines with all that stands before."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,12 @@ class Left:
 
 @dataclass(frozen=True)
 class Report:
-    """What was fused and what was left; ``print`` shows it as a table."""
+    """What was fused and what was left; ``print`` shows it in short, ``table()`` is the whole."""
 
     fused: tuple[Fused, ...]
     left: tuple[Left, ...]
+    on_kernels: bool = field(default=True, compare=False)
+    """Whether the kernels run where the model was; elsewhere PyTorch's operators do, and save no passes."""
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -62,34 +67,81 @@ class Report:
 
     @property
     def passes_saved(self) -> float:
-        """Of all places, see ``Fused.passes_saved``: each counts in activations of its own size."""
+        """Of all places on the kernels, see ``Fused.passes_saved``: each counts in activations of its own size."""
         return sum(entry.passes_saved for entry in self.fused)
 
     def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
+        """At most 15 lines: how much was fused, in which forms, and why the rest was left."""
+        return "\n".join([*self._summary(), *self._forms(), *self._reasons()])
 
-        table = Table(title=self._summary(), title_justify="left", title_style="bold")
-        for heading in ("module", "form", "norms", "passes saved"):
-            table.add_column(heading, justify="right" if heading == "passes saved" else "left", overflow="fold")
+    def table(self) -> str:
+        """Every place and every norm that was left, a line each."""
+        places = [("module", "form", "norms", "passes saved")]
         for entry in self.fused:
-            form = entry.form + (", pair handed on" if entry.forked else "")
-            form += "" if entry.in_training else ", in evaluation only"
-            table.add_row(entry.module or "the model", form, ", ".join(entry.norms), f"{entry.passes_saved:.2f}")
-        text = StringIO()
-        console = Console(file=text, width=140)
-        console.print(table)
+            saved = f"{entry.passes_saved:.2f}" if self.on_kernels else "none here"
+            places.append((entry.module or "the model", _form(entry), ", ".join(entry.norms), saved))
+        lines = [*self._summary(), "", *_columns(places)]
         if self.left:
-            table = Table(title="Left as they are", title_justify="left", title_style="bold")
-            table.add_column("norm", overflow="fold")
-            table.add_column("because", overflow="fold")
-            for each in self.left:
-                table.add_row(each.norm, each.reason)
-            console.print(table)
-        return text.getvalue().rstrip()
+            lines += ["", *_columns([("left", "because"), *((each.norm, _line(each.reason)) for each in self.left)])]
+        return "\n".join(lines)
 
-    def _summary(self) -> str:
-        forms = Counter(entry.form for entry in self.fused)
-        parts = ", ".join(f"{number} {form}" for form, number in forms.items())
-        total = len(self.norms) + len(self.left)
-        return f"{len(self.norms)} of {total} norms fused in {len(self.fused)} places" + (f": {parts}" if parts else "")
+    def _summary(self) -> list[str]:
+        norms = _counted(len(self.norms) + len(self.left), "norm")
+        first = f"{len(self.norms)} of {norms} fused in {_counted(len(self.fused), 'place')}"
+        if not self.fused or self.on_kernels:
+            return [first]
+        return [first, "where the model is now, PyTorch's own operators run: on a GPU the kernels will"]
+
+    def _forms(self) -> list[str]:
+        lines = []
+        for form, count in Counter(entry.form for entry in self.fused).items():
+            places = [entry for entry in self.fused if entry.form == form]
+            pairs = sum(entry.forked for entry in places)
+            untrained = sum(not entry.in_training for entry in places)
+            passes = f": {_OURS[form]:.3g} passes over memory a training step, not {_EAGER[form]:g}"
+            lines.append(
+                f"{count:6} {form}"
+                + (passes if self.on_kernels and untrained < count else "")
+                + (f", {_counted(pairs, 'pair')} handed on" if pairs else "")
+                + (f", {untrained} in evaluation only" if untrained else "")
+            )
+        return lines
+
+    def _reasons(self) -> list[str]:
+        groups: dict[str, list[str]] = {}
+        for each in self.left:
+            groups.setdefault(_without_names(_line(each.reason)), []).append(each.norm)
+        lines = ["left as they are:"] if groups else []
+        largest = sorted(groups.items(), key=lambda group: -len(group[1]))
+        for reason, names in largest[:_REASONS]:
+            more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+            lines += [f"{len(names):6} {reason}", f"{'':6} {', '.join(names[:_NAMES])}{more}"]
+        if len(largest) > _REASONS:
+            rest = sum(len(names) for _, names in largest[_REASONS:])
+            lines.append(f"{rest:6} for {_counted(len(largest) - _REASONS, 'other reason')}: see table()")
+        return lines
+
+
+def _without_names(reason: str) -> str:
+    """ "layer1.0.se, an SE, ..." of every block as one reason."""
+    return re.sub(r"\b(?!model, )\S+, (?=an? \w+,)|(?<=that follows), \S+$", "", reason)
+
+
+def _form(entry: Fused) -> str:
+    form = entry.form + (", pair handed on" if entry.forked else "")
+    return form + ("" if entry.in_training else ", in evaluation only")
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Cells side by side, as wide as the widest of their column."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -176,7 +176,7 @@ class _Recorder:
             raise UntraceableError(f"it reads {name} of a module that is not inside it")
         if (path, name) not in self.reads:
             if not _is_constant(value):
-                raise UntraceableError(f"it reads {name}, a {type(value).__name__}, which may change")
+                raise UntraceableError(f"it reads {name}, {a_type(value)}, which may change")
             self.reads[path, name] = Read(path, name, copy.deepcopy(value))
 
 
@@ -225,3 +225,9 @@ def _careful(module: nn.Module) -> Iterator[None]:
         stack.enter_context(mock.patch.object(hooks, "__enter__", refuse("saved-tensor hooks, or checkpointing")))
         stack.enter_context(_OnValuesOnly())
         yield
+
+
+def a_type(value: object) -> str:
+    """The name of its class, with the article."""
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"
