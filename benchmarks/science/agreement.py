@@ -28,7 +28,7 @@ Make = Callable[[Images], nn.Module]
 SHUFFLED_RUNS, SHUFFLED_LONG_RUNS = 16, 4
 DTYPES = (torch.float64, torch.float32)
 # A whole training that Triton's interpreter gets through.
-QUICK = Recipe(1, 4, 0.1, warm_up=4, steps=24)
+QUICK = Recipe(1, 4, 0.1, warm_up=4, steps=16)
 TINY = replace(QUICK, batch_size=2, steps=2)
 
 

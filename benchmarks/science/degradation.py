@@ -47,7 +47,7 @@ class Settings:
 
 SETTINGS = {
     SHORT: Settings((8, 14), (8, 8, 8), Recipe(1, 128, 0.1, steps=4), 2, TINY),
-    DEFAULT: Settings((20, 56), (8, 16, 32), Recipe(30, 64, 0.1), 3, QUICK),
+    DEFAULT: Settings((20, 56), (8, 16, 32), Recipe(20, 64, 0.1), 3, QUICK),
     FULL: Settings((20, 56), (16, 32, 64), Recipe(160, 128, 0.1), 5, replace(QUICK, steps=40)),
 }
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from images import Images, load_images
+from interpreter import keep_patches
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ class Session:
                     progress.advance(task)
                 return found
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(self.processes, context, _one_thread) as pool:
+            with ProcessPoolExecutor(self.processes, context, _begin_worker) as pool:
                 futures = [pool.submit(work, job) for job in jobs]
                 for _ in as_completed(futures):
                     progress.advance(task)
@@ -106,7 +107,7 @@ def placed(network: Network, device: torch.device, dtype: torch.dtype) -> Networ
 def one_thread() -> Iterator[None]:
     """Of PyTorch's on the CPU: networks this small gain nothing from more."""
     before = torch.get_num_threads()
-    _one_thread()
+    torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -121,5 +122,6 @@ def _as_it_is(image: Tensor) -> Tensor:
     return image
 
 
-def _one_thread(*_: Any) -> None:
+def _begin_worker() -> None:
     torch.set_num_threads(1)
+    keep_patches()
