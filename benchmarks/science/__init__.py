@@ -1,9 +1,9 @@
 """What residual blocks are for: four experiments on real images, with fused blocks and with reference blocks.
 
 Degradation of deep plain networks, the gradient's direct path, identity initialisation, and forms of shortcuts. Each
-writes its numbers as JSON and a figure. On a CPU the long trainings run on plain PyTorch operators, and the kernels, in
-Triton's interpreter, are compared with the reference over shorter whole trainings; on a GPU everything runs on the
-kernels.
+writes its numbers as JSON and a figure; a last figure shows that fused and reference blocks train the same way. On a
+CPU the long trainings run on plain PyTorch operators, and the kernels, in Triton's interpreter, are compared with the
+reference over shorter whole trainings; on a GPU everything runs on the kernels.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
             within = [run_one(name, session, args.output) for name in args.experiment or EXPERIMENTS]
     except DataError as error:
         raise SystemExit(f"run.py science: error: {error}") from error
+    figure = agreement.draw(records.read_all(args.output, EXPERIMENTS), args.output)
+    session.console.print(f"wrote {figure}", soft_wrap=True)
     if args.write_page:
         session.console.print(f"wrote {page.write(EXPERIMENTS, args.output)}")
     return 0 if all(within) else 1
