@@ -16,7 +16,6 @@ vectors over channels are not counted.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -30,17 +29,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from arguments import write_json
 from offline import Launch, compiling_for
+from progress import track
 from resfused.kernels import gpu
 from resfused.kernels.geometry import Geometry, geometry
 from resfused.kernels.gpu import launch_table
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rows import Rows
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
@@ -420,7 +419,7 @@ def audit(tasks: list[Task], console: Console) -> list[Row]:
     """The rows of all tasks, compiled in processes of their own."""
     with compiler_environment(), ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(rows_of, task) for task in tasks]
-        finished = track(as_completed(futures), "compiling", total=len(futures), console=console)
+        finished = track(as_completed(futures), "Compiling", console, len(futures))
         return sorted((row for future in finished for row in future.result()), key=_order)
 
 
@@ -454,14 +453,14 @@ def show(rows: list[Row], console: Console) -> None:
     """One line for each distinct kernel, with the launch of it that has the least in flight."""
     distinct = {(row.architecture, row.hash): row for row in reversed(rows)}
     for architecture in dict.fromkeys(row.architecture for row in rows):
-        table = Table(title=architecture, title_justify="left")
-        for column in ("kernel", "form", "phase", "dtype", "layout", "shape", "grid"):
-            table.add_column(column, overflow="fold")
-        for column in ("regs", "spill", "shared", "instr", "loads", "stores", "warps/SM", "KiB in flight"):
-            table.add_column(column, justify="right")
+        table = Rows(
+            architecture,
+            keys=("kernel", "form", "phase", "dtype", "layout", "shape", "grid"),
+            values=("regs", "spill", "shared", "instr", "loads", "stores", "warps/SM", "KiB in flight"),
+        )
         for row in reversed(distinct.values()):
             if row.architecture == architecture:
-                table.add_row(*_cells(row), style="red" if violations(row) else "")
+                table.add(*_cells(row), style="red" if violations(row) else "")
         console.print(table)
 
 
@@ -484,12 +483,6 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="an architecture; may be repeated")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write every launch there")
-    parser.add_argument("--short", action="store_true", help="one architecture, one dtype, one shape")
-
-
 def run(args: argparse.Namespace) -> int:
     """Prints the audit; 0 if every launch keeps every budget, else 1."""
     console = Console()
@@ -503,5 +496,5 @@ def run(args: argparse.Namespace) -> int:
     kernels_compiled = len({(row.architecture, row.hash) for row in rows})
     console.print(f"{len(rows)} launches, {kernels_compiled} kernels, {len(broken)} launches over budget")
     if args.json:
-        args.json.write_text(json.dumps([asdict(row) | {"violations": violations(row)} for row in rows], indent=1))
+        write_json(args.json, [asdict(row) | {"violations": violations(row)} for row in rows])
     return 1 if broken else 0

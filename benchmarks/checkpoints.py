@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import UsageError
 
 KEPT = 2
 
 
-class CheckpointError(Exception):
+class CheckpointError(UsageError):
     """A checkpoint that cannot be used, and why."""
 
 

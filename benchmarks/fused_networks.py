@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
+from arguments import write_json
 from environment import environment
 from gate import relative_error
 from nodes import FORMS
+from progress import track
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rows import Rows
 from torch import Tensor, nn
 from zoo import NETWORKS, SMALL, build, entry, logits_of
 
@@ -93,13 +92,6 @@ def _without_names(reason: str) -> str:
     return re.sub(r"\S+\.\S+, (?=an? \w+,)", "", reason)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--network", action="append", choices=[*NETWORKS, *SMALL], metavar="NAME", help="repeatable")
-    parser.add_argument("--kernels", action="store_true", help="on a CPU too; small networks unless some are named")
-    parser.add_argument("--short", action="store_true", help="only small networks")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write every number there")
-
-
 def run(args: argparse.Namespace) -> int:
     """Prints the table; 0 where every difference is within the limit, 1 where one is not, or nothing was compared."""
     on_gpu = torch.cuda.is_available()
@@ -118,32 +110,29 @@ def run(args: argparse.Namespace) -> int:
         console.print(_left_table(found))
     if args.json:
         content = {"environment": environment(), "backend": backend, "networks": [asdict(c) for c in found]}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.json, content)
     return 0 if found and all(coverage.passed for coverage in found) else 1
 
 
-def _table(found: list[Coverage], backend: str) -> Table:
+def _table(found: list[Coverage], backend: str) -> Rows:
     where = "the kernels" if backend == "triton" else "plain operators"
-    table = Table(title=f"Networks with fuse_, on {where}: relative differences to unfused ones in float64")
-    table.add_column("network", no_wrap=True)
-    for heading in ("norms", "fused", "left", "places", *FORMS, "pairs", *(f"{kind}s" for kind in KINDS)):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+    table = Rows(
+        f"Networks with fuse_, on {where}: relative differences to unfused ones in float64",
+        keys=("network",),
+        values=("norms", "fused", "left", "places", *FORMS, "pairs", *(f"{kind}s" for kind in KINDS), ""),
+    )
     for c in found:
         left = sum(c.left.values())
         places = (sum(c.places.values()), *(c.places.get(form, 0) for form in FORMS))
         differences = (f"{c.errors[kind]:.1e}" for kind in KINDS)
         outcome = "[green]ok" if c.passed else "[red]WRONG"
-        table.add_row(c.network, *map(str, (c.norms, c.fused_norms, left, *places, c.pairs)), *differences, outcome)
+        table.add(c.network, *map(str, (c.norms, c.fused_norms, left, *places, c.pairs)), *differences, outcome)
     return table
 
 
-def _left_table(found: list[Coverage]) -> Table:
-    table = Table(title="Norms left as they are")
-    table.add_column("network", no_wrap=True)
-    table.add_column("norms", justify="right")
-    table.add_column("because", overflow="fold")
+def _left_table(found: list[Coverage]) -> Rows:
+    table = Rows("Norms left as they are", keys=("network", "because"), values=("norms",))
     for c in found:
         for reason, number in c.left.items():
-            table.add_row(c.network, str(number), reason)
+            table.add(c.network, reason, str(number))
     return table

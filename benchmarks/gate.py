@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from nodes import FORMS
 from problems import DTYPES, LAYOUTS, Problem, Shape, problem
+from progress import track
 from resfused.kernels.gpu import launch_table
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -102,7 +102,7 @@ def judge(p: Problem, layout: str, library: object = functional) -> Verdict:
 def run_gate(device: torch.device, cases: Sequence[Case], console: Console) -> list[Verdict]:
     """A verdict for every case, printed as a table, and a line for each that is wrong."""
     torch.manual_seed(0)
-    verdicts = [_verdict(case, device) for case in track(cases, "Correctness", console=console)]
+    verdicts = [_verdict(case, device) for case in track(cases, "Correctness", console)]
     console.print(_table(verdicts))
     for v in verdicts:
         if not v.passed:

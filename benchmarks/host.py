@@ -9,22 +9,21 @@ slower of the two.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from unittest.mock import patch
 
 import torch
+from arguments import write_json
 from audit import compiler_environment
 from nodes import FORMS
 from offline import compiling_for
 from problems import problem
 from rich.console import Console
-from rich.table import Table
+from rows import Rows
 
 from resfused import backend, functional, reference
 
@@ -74,24 +73,23 @@ def measure_all(repetitions: int) -> dict[str, dict[str, tuple[float, float]]]:
     return results
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repetitions", type=int, default=1000)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write every number there")
-
-
 def run(args: argparse.Namespace) -> int:
     """Prints the table; 0."""
     with compiler_environment(), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         results = pool.submit(measure_all, args.repetitions).result()
-    table = Table(title="Host time of one training node, microseconds; launches themselves left out")
-    table.add_column("form")
-    for variant in (SEPARATE, ONE_LAUNCH, EAGER):
-        for phase in ("forward", "backward"):
-            table.add_column(f"{variant}, {phase}", justify="right")
-    for form, variants in results.items():
-        times = [time for variant in (SEPARATE, ONE_LAUNCH, EAGER) for time in variants[variant]]
-        table.add_row(form, *(f"{time:.1f}" for time in times))
-    Console().print(table)
+    Console().print(_table(results))
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(args.json, results)
     return 0
+
+
+def _table(results: dict[str, dict[str, tuple[float, float]]]) -> Rows:
+    variants = (SEPARATE, ONE_LAUNCH, EAGER)
+    table = Rows(
+        "Host time of one training node, microseconds; launches themselves left out",
+        keys=("form",),
+        values=[f"{variant}, {phase}" for variant in variants for phase in ("forward", "backward")],
+    )
+    for form, times in results.items():
+        table.add(form, *(f"{time:.1f}" for variant in variants for time in times[variant]))
+    return table

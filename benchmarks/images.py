@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from arguments import UsageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 from zoo import torchvision
@@ -20,7 +21,7 @@ DIGITS = "DIGITS"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class DataError(Exception):
+class DataError(UsageError):
     """The images cannot be had, and what would help."""
 
 

@@ -25,9 +25,9 @@ from node_timing import Comparison
 from nodes import Node
 from passes import BACKWARD, FORWARD, KERNELS
 from problems import problem
+from progress import Progress
 from results import KernelTime, StepProfile
-from rich.progress import Progress
-from rich.table import Table
+from rows import Rows
 from spans import Span, busy, spans
 from timing import Deadline, first_line, rotation, warm_ups
 
@@ -119,47 +119,44 @@ def summary(workload: Workload, way: str, found: list[Span], steps: int) -> Step
     )  # fmt: skip
 
 
-def kernel_table(times: list[KernelTime], title: str) -> Table:
+def kernel_table(times: list[KernelTime], title: str) -> Rows:
     """Of every streaming kernel: time, GB/s of the least bytes, fraction of the copy, bytes moved over the least."""
-    shown = Table(title=title, caption="GB/s of the least bytes; medians.")
-    for header in ("batch", "form", "C x H x W", "kernel"):
-        shown.add_column(header)
-    for header in ("ms", "GB/s", "of copy", "moved / least"):
-        shown.add_column(header, justify="right")
+    shown = Rows(
+        title,
+        keys=("batch", "form", "C x H x W", "kernel"),
+        values=("ms", "GB/s", "of copy", "moved / least"),
+        caption="GB/s of the least bytes; medians.",
+    )
     for t in times:
         moved = f"{t.dram_bytes / t.least_bytes:.2f}" if t.dram_bytes is not None else ""
         numbers = (f"{t.milliseconds:.4f}", f"{t.gb_s:.0f}", f"{t.of_copy:.2f}", moved)
-        shown.add_row(str(t.batch), t.form, t.shape, t.kernel, *numbers)
+        shown.add(str(t.batch), t.form, t.shape, t.kernel, *numbers)
     return shown
 
 
-def step_table(steps: list[StepProfile], title: str) -> Table:
+def step_table(steps: list[StepProfile], title: str) -> Rows:
     """Milliseconds of a training step by kind of kernel."""
-    shown = Table(title=title)
     kinds = list(dict.fromkeys(kind for s in steps for kind in s.kinds_ms))
-    for header in ("network", "batch", "variant"):
-        shown.add_column(header)
-    for header in ("span", "idle", *kinds):
-        shown.add_column(header, justify="right")
+    shown = Rows(title, keys=("network", "batch", "variant"), values=("span", "idle", *kinds))
     for s in steps:
         parts = [f"{s.kinds_ms.get(kind, 0.0):.2f}" for kind in kinds]
-        shown.add_row(s.network, str(s.batch), s.variant, f"{s.span_ms:.2f}", f"{s.idle_ms:.2f}", *parts)
+        shown.add(s.network, str(s.batch), s.variant, f"{s.span_ms:.2f}", f"{s.idle_ms:.2f}", *parts)
     return shown
 
 
 def profile_nodes(c: Comparison, m: Measuring, counters: bool) -> None:
     """Every node of every batch until the deadline, and then the counters' bytes where they are asked for."""
     found: list[list[KernelTime]] = []
-    with Progress(console=m.console) as progress:
-        task = progress.add_task("Profiling", total=len(c.nodes) * len(c.batches))
+    with Progress(m.console, "Profiling", len(c.nodes) * len(c.batches)) as progress:
         for batch, node in product(c.batches, c.nodes):
             name = f"{node.form} {node.channels}x{node.height}x{node.width}, batch {batch}"
-            progress.update(task, description=name, advance=1)
+            progress.detail(name)
             if m.deadline.passed:
                 m.run.leave_out(f"kernels of {name}, {c}", m.deadline.over)
             else:
                 found.append(profile_node(c, node, batch, m.copy))
                 m.run.add(found[-1])
+            progress.advance()
     if counters and found:
         try:
             m.run.add(with_counters(found, m.deadline))
@@ -195,15 +192,6 @@ def profile_steps(workload: Workload, ways: Sequence[str], m: Measuring) -> None
             m.run.add([profile_step(workload, way, STEPS, m.device)])
         except Exception as error:
             m.run.leave_out(f"profile of {way}, {workload}", first_line(error))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    node_timing.add_filters(parser)
-    parser.add_argument("--counters", action="store_true", help="also the bytes that memory moved, by ncu")
-    parser.add_argument(
-        "--step", action="append", choices=list(WAYS), metavar="WAY",
-        help="also a training step of ResNet-50 that is run so; repeatable",
-    )  # fmt: skip
 
 
 def measure(args: argparse.Namespace, m: Measuring) -> None:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from results import CPU_LABEL, Run, default_path
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rows import Rows
 from timing import Deadline, copy_bandwidth
-
-DEFAULTS: dict[str, Any] = {"results": None, "minutes": 7, "small": False}
 
 
 @dataclass(frozen=True)
@@ -34,26 +31,8 @@ class Measuring:
         return any(what.startswith("resfused") and reason != over for what, reason in self.run.left_out)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the command and of its sub-commands: what stands before one holds in it, too."""
-    nested = " " in parser.prog
-    defaults = dict.fromkeys(DEFAULTS, argparse.SUPPRESS) if nested else DEFAULTS
-    parser.add_argument(
-        "--results", type=Path, metavar="PATH", default=defaults["results"],
-        help="result file to add to; default results/<the GPU's name>.json",
-    )  # fmt: skip
-    parser.add_argument(
-        "--minutes", type=float, default=defaults["minutes"],
-        help=f"nothing new begins after them; default {DEFAULTS['minutes']}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--small", action="store_true", default=defaults["small"],
-        help="small shapes; always so without a CUDA GPU",
-    )  # fmt: skip
-
-
 def begin(args: argparse.Namespace) -> Measuring:
-    """Raises: ResultError, before anything is changed, where ``--results`` cannot be added to."""
+    """Raises: UsageError, before anything is changed, where the result file cannot be added to."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     console = Console()
@@ -67,10 +46,8 @@ def begin(args: argparse.Namespace) -> Measuring:
     return Measuring(run, copy, Deadline(args.minutes), device, args.small or not on_gpu, console)
 
 
-def left_out(run: Run) -> Table:
-    table = Table(title="Left out")
-    table.add_column("what")
-    table.add_column("because", overflow="fold")
+def left_out(run: Run) -> Rows:
+    table = Rows("Left out", keys=("what", "because"))
     for what, reason in run.left_out:
-        table.add_row(what, reason)
+        table.add(escape(what), escape(reason))
     return table

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from gate import FACTOR, relative_error
 from measuring import Measuring
 from problems import LAYOUTS
+from progress import Progress
 from results import NetworkTime
-from rich.progress import Progress
-from rich.table import Table
+from rows import Rows
 from timing import Deadline, captured, first_line, interleaved, warm_ups
 from torch import Tensor, nn
-from zoo import NETWORKS, SMALL, build, entry, logits_of
+from zoo import build, entry, logits_of
 
 import resfused
 
@@ -180,18 +180,19 @@ def time_networks(workloads: list[Workload], ways: Sequence[str], repetitions: i
     """Every workload until the deadline; what could not be timed is noted with the reason."""
     if m.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    with Progress(console=m.console) as progress:
-        task = progress.add_task("", total=len(workloads) * (len(ways) + 1))
+    with Progress(m.console, "Timing networks", len(workloads) * (len(ways) + 1)) as progress:
         for workload in workloads:
             ready = {}
             for way, outcome in _prepared(workload, ways, m.device, m.deadline):
-                progress.update(task, description=f"{workload}: {way}", advance=1)
+                progress.detail(f"{workload}: {way}")
+                progress.advance()
                 if isinstance(outcome, Ready):
                     ready[way] = outcome
                 else:
                     m.run.leave_out(f"{way}, {workload}", outcome)
-            progress.update(task, description=f"{workload}: timing", advance=1)
+            progress.detail(f"{workload}: timing")
             m.run.add(_timed(workload, ready, repetitions, m.device))
+            progress.advance()
             ready.clear()
             _free(m.device)
 
@@ -256,38 +257,23 @@ def _timed(workload: Workload, ready: dict[str, Ready], repetitions: int, device
     ]  # fmt: skip
 
 
-def table(times: list[NetworkTime], title: str) -> Table:
+def table(times: list[NetworkTime], title: str) -> Rows:
     """Images a second, peak memory, and how many times as fast as eager."""
-    shown = Table(title=title, caption="Medians.")
-    for header in ("network", "mode", "batch", "variant"):
-        shown.add_column(header)
-    for header in ("ms", "p20 to p80", "images/s", "x eager", "peak GB"):
-        shown.add_column(header, justify="right")
+    shown = Rows(
+        title,
+        keys=("network", "mode", "batch", "variant"),
+        values=("ms", "p20 to p80", "images/s", "x eager", "peak GB"),
+        caption="Medians.",
+    )
     eager = {(t.network, t.mode, t.batch): t.milliseconds for t in times if t.variant == EAGER}
     for t in times:
         base = eager.get((t.network, t.mode, t.batch))
-        shown.add_row(
+        shown.add(
             t.network, t.mode, str(t.batch), t.variant, f"{t.milliseconds:.2f}",
             f"{t.quantile(20):.2f} to {t.quantile(80):.2f}", f"{t.images_s:.0f}",
             f"{base / t.milliseconds:.2f}" if base else "", f"{t.peak_bytes / 1e9:.2f}" if t.peak_bytes else "",
         )  # fmt: skip
     return shown
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--network", action="append", choices=[*NETWORKS, *SMALL], metavar="NAME",
-        help="repeatable; default torchvision's resnet50, resnet18 and resnet101",
-    )  # fmt: skip
-    parser.add_argument("--mode", action="append", choices=MODES, help="repeatable; default training; ResNet-50's both")
-    parser.add_argument("--batch", type=int, action="append", metavar="N", help="repeatable; default 256 and 64")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="default 224, of small networks their own")
-    others = [w for w in WAYS if not WAYS[w].fused]
-    parser.add_argument(
-        "--against", choices=others, action="append", metavar="WAY",
-        help=f"repeatable: {', '.join(others)}; default {EAGER} and, on a GPU, {COMPILED}",
-    )  # fmt: skip
-    parser.add_argument("--repetitions", type=int, help="default 20, of small networks 2")
 
 
 def workloads(args: argparse.Namespace, small: bool) -> list[Workload]:

@@ -14,16 +14,17 @@ from itertools import product
 from typing import Any
 
 import torch
+from arguments import UsageError
 from gate import judge
 from measuring import Measuring
 from nodes import FORMS, NETWORKS, Node
 from passes import BACKWARD, FORWARD, PHASES, two_phases
-from problems import DTYPES, LAYOUTS, Problem, problem
+from problems import DTYPES, Problem, problem
+from progress import Progress
 from results import NodeTime, Run
-from rich.progress import Progress
-from rich.table import Table
+from rows import Rows
 from timing import captured, first_line, interleaved, rotation
-from variants import AGAIN, COMPILED, EAGER, OURS, STANDARD, VARIANTS, Variant
+from variants import AGAIN, EAGER, OURS, STANDARD, VARIANTS, Variant
 
 SMALL = [Node(form, 16, 4, 4, 1) for form in FORMS]
 SMALL_BATCHES = (8,)
@@ -56,16 +57,15 @@ def unique(nodes: list[Node]) -> list[Node]:
 def time_nodes(c: Comparison, m: Measuring) -> None:
     """Every node of every batch until the deadline; what could not be timed is noted with the reason."""
     libraries = _libraries(c, m.run)
-    with Progress(console=m.console) as progress:
-        task = progress.add_task("Timing", total=len(c.nodes) * len(c.batches))
+    with Progress(m.console, "Timing nodes", len(c.nodes) * len(c.batches)) as progress:
         for batch, node in product(c.batches, c.nodes):
             name = f"{node.form} {node.channels}x{node.height}x{node.width}, batch {batch}"
-            progress.update(task, description=name)
+            progress.detail(name)
             if m.deadline.passed:
                 m.run.leave_out(f"{name}, {c}", m.deadline.over)
             else:
                 m.run.add(_time_node(c, node, batch, libraries, partial(_leave_out, m.run, c, name), m.copy))
-            progress.advance(task)
+            progress.advance()
 
 
 def _leave_out(run: Run, c: Comparison, node: str, variant: str, reason: str) -> None:
@@ -151,15 +151,16 @@ def _call(p: Problem, library: object, phase: str) -> Callable[[], object]:
     return lambda: p.backward(p.forward(library))
 
 
-def table(times: list[NodeTime], title: str) -> Table:
+def table(times: list[NodeTime], title: str) -> Rows:
     """Milliseconds of each variant, how many times as long each takes as ours, our GB/s and fraction of the copy."""
     variants = list(dict.fromkeys(t.variant for t in times))
     others = [v for v in variants if v != OURS]
-    shown = Table(title=title, caption="Medians. GB/s: least bytes of two-phase kernels over our time.")
-    for header in ("batch", "form", "C x H x W", "phase"):
-        shown.add_column(header)
-    for header in (*(f"{v} ms" for v in variants), *(f"{v} / ours" for v in others), "GB/s", "of copy"):
-        shown.add_column(header, justify="right")
+    shown = Rows(
+        title,
+        keys=("batch", "form", "C x H x W", "phase"),
+        values=(*(f"{v} ms" for v in variants), *(f"{v} / ours" for v in others), "GB/s", "of copy"),
+        caption="Medians. GB/s: least bytes of two-phase kernels over our time.",
+    )
     rows: dict[tuple[Any, ...], dict[str, NodeTime]] = {}
     for t in times:
         rows.setdefault((t.batch, t.form, t.shape, t.phase), {})[t.variant] = t
@@ -168,32 +169,12 @@ def table(times: list[NodeTime], title: str) -> Table:
         ours = row.get(OURS)
         ratios = [f"{row[v].milliseconds / ours.milliseconds:.2f}" if ours and v in row else "" for v in others]
         bandwidth = [f"{ours.gb_s:.0f}", f"{ours.of_copy:.2f}"] if ours else ["", ""]
-        shown.add_row(str(batch), *names, *milliseconds, *ratios, *bandwidth)
+        shown.add(str(batch), *names, *milliseconds, *ratios, *bandwidth)
     return shown
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def add_filters(parser: argparse.ArgumentParser) -> None:
-    """Which nodes, and how they are measured."""
-    parser.add_argument("--network", choices=NETWORKS, action="append", help="whose nodes; repeatable, default both")
-    parser.add_argument("--batch", type=int, action="append", metavar="N", help="repeatable; default 256 and 32")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--layout", choices=LAYOUTS, default="channels_last")
-    parser.add_argument("--form", choices=FORMS, action="append", help="repeatable; default all three")
-    parser.add_argument("--repetitions", type=int, help="default 30, of small shapes 5")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_filters(parser)
-    others = [v for v in VARIANTS if v not in (OURS, AGAIN)]
-    parser.add_argument(
-        "--against", choices=others, action="append", metavar="VARIANT",
-        help=f"repeatable: {', '.join(others)}; default {EAGER} and, on a GPU, {COMPILED}",
-    )  # fmt: skip
-    parser.add_argument("--cuda-graph", action="store_true", help="time replays of CUDA graphs, without launches")
 
 
 def filtered(args: argparse.Namespace, small: bool) -> Comparison:
@@ -218,8 +199,8 @@ def standard(device: torch.device) -> tuple[str, ...]:
 
 
 def measure(args: argparse.Namespace, m: Measuring) -> None:
-    """Raises: ValueError for CUDA graphs without a GPU."""
+    """Raises: UsageError for CUDA graphs without a GPU."""
     if args.cuda_graph and m.device.type != "cuda":
-        raise ValueError("--cuda-graph needs a CUDA GPU, and torch sees none")
+        raise UsageError("--cuda-graph needs a CUDA GPU, and torch sees none")
     variants = (OURS, AGAIN, *args.against) if args.against else standard(m.device)
     time_nodes(replace(filtered(args, m.small), variants=variants, cuda_graph=args.cuda_graph), m)

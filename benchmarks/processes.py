@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from arguments import UsageError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -91,7 +92,7 @@ def _device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
     if local_rank >= gpus:
-        raise SystemExit(f"train.py: error: every process needs a GPU of its own, and this machine has {gpus}")
+        raise UsageError(f"every process needs a GPU of its own, and this machine has {gpus}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

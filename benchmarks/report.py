@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+import itertools
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import goals
@@ -11,6 +13,7 @@ import kernel_profile
 import network_timing
 import node_timing
 import variants
+from arguments import output_folder
 from goals import GOALS, geometric_mean, ratios
 from passes import BOTH
 from plots import write_plots
@@ -24,11 +27,10 @@ from results import (
     Results,
     StepProfile,
     load,
-    slug,
     write_csv,
 )
 from rich.console import Console
-from rich.table import Table
+from rows import Rows
 
 RECORD = Path(__file__).parent / "results"
 BEGIN = "<!-- made by: python benchmarks/run.py report --readme README.md -->"
@@ -59,39 +61,46 @@ def show(results: Results, console: Console) -> None:
         console.print(_goal_table(results))
 
 
-def write(results: Results, folder: Path) -> list[Path]:
-    """CSV files and plots, named for the machine."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / slug(results.machine)
+def write(results: Results, folder: Path | None = None) -> list[Path]:
+    """CSV files and plots, named for the result file and beside it, or in ``folder``."""
+    stem = folder / results.stem.name if folder else results.stem
+    stem.parent.mkdir(parents=True, exist_ok=True)
     return [*write_csv(results, stem), *write_plots(results, stem)]
 
 
-def _goal_table(results: Results) -> Table:
-    table = Table(title=f"Goals on an {goals.GPU}, and what an {results.machine} reached")
-    for header in ("figure", "goal", "reached", "met"):
-        table.add_column(header)
+def _goal_table(results: Results) -> Rows:
+    title = f"Goals on an {goals.GPU}, and what an {results.machine} reached"
+    table = Rows(title, keys=("figure", "goal", "reached", "met"))
     for goal in GOALS:
-        table.add_row(*goals.row(goal, results))
+        table.add(*goals.row(goal, results))
     return table
 
 
-def markdown(by_machine: dict[str, Results], plots: Sequence[Path], root: Path) -> str:
+def markdown(by_machine: dict[str, Results], plots: Mapping[str, Sequence[Path]], root: Path) -> str:
     """What the README says of measurements: the goals, and of every GPU its networks and nodes, with the plots."""
     parts = [_goals(by_machine)]
-    for results in by_machine.values():
+    for machine, results in by_machine.items():
         parts += [_provenance(results), _networks(results), _nodes(results)]
-        own = [p for p in plots if p.name.startswith(slug(results.machine))]
-        parts += [f"![{p.stem}]({p.relative_to(root).as_posix()})" for p in own]
+        parts += [f"![{p.stem}]({Path(os.path.relpath(p, root)).as_posix()})" for p in plots[machine]]
     return "\n\n".join(part for part in parts if part)
 
 
 def put_into(readme: Path, text: str) -> None:
     """Replaces what stands between the markers. Raises: ResultError where they are not there."""
-    before, begin, rest = readme.read_text().partition(BEGIN)
+    before, after = around(readme)
+    readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+def around(readme: Path) -> tuple[str, str]:
+    """What stands before and after the markers. Raises: ResultError where they are not there."""
+    try:
+        before, begin, rest = readme.read_text().partition(BEGIN)
+    except (OSError, ValueError) as error:
+        raise ResultError(f"--readme {readme} cannot be read: {error}") from error
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ResultError(f"{readme} has no lines {BEGIN!r} and {END!r} for the tables to stand between")
-    readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+    return before, after
 
 
 def _goals(by_machine: dict[str, Results]) -> str:
@@ -147,34 +156,25 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help="result files; default those in benchmarks/results/"
-    )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="of CSV files and plots; default the first's")
-    parser.add_argument("--readme", type=Path, metavar="PATH", help="also put the Markdown tables there")
-
-
 def run(args: argparse.Namespace) -> int:
-    """Prints the tables, writes the files; 0, or 1 where a file cannot be used."""
+    """Prints the tables, writes the files; 0. Raises: UsageError, with nothing written, where a file cannot be used."""
     console = Console()
-    files = args.files or record()
-    try:
-        by_machine = load(files)
-        written = []
-        for results in by_machine.values():
-            show(results, console)
-            written += write(results, args.output or files[0].parent)
-        if args.readme:
-            root = args.readme.resolve().parent
-            shown = [p.resolve() for p in written if p.suffix == ".png"]
-            put_into(args.readme, markdown(by_machine, shown, root))
-            written.append(args.readme)
-    except ResultError as error:
-        console.print(f"[red]{error}")
-        return 1
+    by_machine = load(args.files or record())
+    if args.readme:
+        around(args.readme)
+    for results in by_machine.values():
+        output_folder(args.output or results.stem.parent)
+    written = {}
+    for machine, results in by_machine.items():
+        show(results, console)
+        written[machine] = write(results, args.output)
     if not by_machine:
         console.print("no GPU has been measured yet: benchmarks/results/ has no result file")
-    for path in written:
+    for path in itertools.chain(*written.values()):
         console.print(f"wrote {path}", soft_wrap=True)
+    if args.readme:
+        root = args.readme.resolve().parent
+        plots = {machine: [p.resolve() for p in paths if p.suffix == ".png"] for machine, paths in written.items()}
+        put_into(args.readme, markdown(by_machine, plots, root))
+        console.print(f"wrote {args.readme}", soft_wrap=True)
     return 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, ClassVar, TypeVar
 
+from arguments import UsageError, output_file, output_folder
 from environment import environment
 
 FORMAT = 1
@@ -144,21 +145,26 @@ _MEASURED = {
     "samples_ms", "least_bytes", "copy_gb_s", "error", "dram_bytes", "peak_bytes",
     "span_ms", "idle_ms", "kinds_ms", "longest", "passes",
 }  # fmt: skip
+# Of an environment, by what is made of it.
+_NEEDED = ("time", "gpu", "driver", "torch", "triton", "commit")
 M = TypeVar("M", bound=Measurement)
 
 
-class ResultError(Exception):
+class ResultError(UsageError):
     """A result file that cannot be used, and why."""
 
 
 class Run:
     """One call of the command, written into its file after every measurement, so that one that is cut off counts too.
 
-    Raises: ResultError, before anything is changed, where the file is no result file or is of another GPU.
+    Raises: UsageError, before anything is changed, where the file cannot be written, is no result file or is of
+    another GPU.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path = path
+        self.path = output_file(path)
+        # It is replaced by one that is written beside it.
+        output_folder(path.parent)
         self._before = _runs(path) if path.exists() else []
         self._content: dict[str, Any] = {
             "environment": environment(),
@@ -204,11 +210,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured on one machine: of each thing the latest measurement."""
+    """What was measured on one machine: of each thing the latest measurement.
+
+    ``stem``: what the names of files made of it begin with, in the folder of the first result file.
+    """
 
     machine: str
     environments: list[dict[str, Any]]
     measurements: list[Measurement]
+    stem: Path
 
     def of(self, kind: type[M]) -> list[M]:
         return [m for m in self.measurements if isinstance(m, kind)]
@@ -217,16 +227,30 @@ class Results:
 def load(paths: Sequence[Path]) -> dict[str, Results]:
     """By machine. Raises: ResultError where one of the files is no result file."""
     runs: dict[str, list[dict[str, Any]]] = {}
+    files: dict[str, list[Path]] = {}
     for path in paths:
         for run in _runs(path):
-            runs.setdefault(machine(run["environment"]), []).append(run)
-    return {name: _results(name, of_machine) for name, of_machine in runs.items()}
+            name = machine(run["environment"])
+            runs.setdefault(name, []).append(run)
+            files.setdefault(name, []).append(path)
+    stems = _stems(files)
+    return {name: _results(name, of_machine, stems[name]) for name, of_machine in runs.items()}
 
 
-def _results(name: str, runs: list[dict[str, Any]]) -> Results:
+def _results(name: str, runs: list[dict[str, Any]], stem: Path) -> Results:
     runs = sorted(runs, key=lambda run: run["environment"]["time"])
     latest = {_key(m): m for run in runs for m in _measurements(run)}
-    return Results(name, [run["environment"] for run in runs], list(latest.values()))
+    return Results(name, [run["environment"] for run in runs], list(latest.values()), stem)
+
+
+def _stems(files: dict[str, list[Path]]) -> dict[str, Path]:
+    """By machine, from the names of its files: no two alike, wherever they lie."""
+    names = {name: "+".join(dict.fromkeys(path.stem for path in paths)) for name, paths in files.items()}
+    taken = list(names.values())
+    return {
+        name: paths[0].with_name(names[name] if taken.count(names[name]) == 1 else f"{names[name]}-{slug(name)}")
+        for name, paths in files.items()
+    }
 
 
 def machine(made: dict[str, Any]) -> str:
@@ -284,7 +308,23 @@ def _runs(path: Path) -> list[dict[str, Any]]:
         raise ResultError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ResultError(f"{path} is no result file of this version: it needs format {FORMAT}")
-    return content["runs"]
+    try:
+        return [_checked(run) for run in content["runs"]]
+    except KeyError as error:
+        raise ResultError(f"{path} is no whole result file: it lacks {error}") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ResultError(f"{path} is no whole result file: {error}") from error
+
+
+def _checked(run: dict[str, Any]) -> dict[str, Any]:
+    """Raises: one of what Python does where something is missing or of another kind."""
+    for name in _NEEDED:
+        if name not in run["environment"]:
+            raise KeyError(f"environment.{name}")
+    for measurement in _measurements(run):
+        if isinstance(measurement, Sampled):
+            float(measurement.milliseconds)
+    return run
 
 
 def _compact(content: dict[str, Any]) -> str:

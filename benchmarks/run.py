@@ -10,80 +10,72 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib import import_module
+from types import ModuleType
 
-import torch
-
-if __name__ == "__main__" and not torch.cuda.is_available():
-    # Read when the kernels are defined, so before the first import of resfused; not in processes that compile.
-    os.environ["TRITON_INTERPRET"] = "1"
-
-if not sys.stdout.isatty():
-    # Tables in a log file are not cut to a terminal's width.
-    os.environ["COLUMNS"] = "170"
-
-import audit
-import fused_networks
-import host
-import kernel_profile
-import measuring
-import network_timing
-import node_timing
-import report
-import science
-import standard
-import traffic
-import tuning
-import without_gpu
-from interpreter import keep_patches
-from results import ResultError, load
-from rich.console import Console
-
-COMMANDS = {
-    "tune": tuning, "report": report, "science": science,
-    "traffic": traffic, "audit": audit, "host": host, "coverage": fused_networks,
-}  # fmt: skip
-# Those that time something, and add to a result file.
-MEASURING = {"nodes": node_timing, "networks": network_timing, "profile": kernel_profile}
+import commands
+from arguments import UsageError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
-    if args.command in COMMANDS:
-        return COMMANDS[args.command].run(args)
-    if args.command is None and not torch.cuda.is_available():
-        return without_gpu.run(args)
-    return _measure(args)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[2])
-    measuring.add_arguments(parser)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, module in (MEASURING | COMMANDS).items():
-        command = commands.add_parser(name, help=(module.__doc__ or "").partition("\n")[0])
-        if name in MEASURING:
-            measuring.add_arguments(command)
-        module.add_arguments(command)
-    return parser
-
-
-def _measure(args: argparse.Namespace) -> int:
-    """Measures, and shows the whole result file; 0, or 1 where ours was wrong or nothing could be measured."""
+    """The exit code. Torch and what imports it wait until the command and its arguments are known to be right."""
+    parser = commands.parser((__doc__ or "").partition("\n\n")[2])
+    args = parser.parse_args(arguments)
+    _prepare()
     try:
-        m = measuring.begin(args)
-        (MEASURING[args.command] if args.command else standard).measure(args, m)
-    except (ResultError, ValueError) as error:
-        Console(stderr=True).print(f"[red]run.py: error: {error}", soft_wrap=True)
-        return 1
+        return _run(args)
+    except UsageError as error:
+        parser.error(str(error))
+    except ModuleNotFoundError as error:
+        parser.error(f"needs the package {error.name}, which is not installed")
+
+
+def _prepare() -> None:
+    import torch
+    from interpreter import keep_patches
+
+    if not sys.stdout.isatty():
+        # A log file has more room than a terminal.
+        os.environ.setdefault("COLUMNS", "170")
+    if not torch.cuda.is_available():
+        # Read when the kernels are defined, so before the first import of resfused. Processes that compile drop it.
+        os.environ["TRITON_INTERPRET"] = "1"
+        keep_patches()
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.command is None:
+        return _standard(args)
+    command = commands.COMMANDS[args.command]
+    module = import_module(command.module)
+    return _measure(module, args) if command.measures else module.run(args)
+
+
+def _standard(args: argparse.Namespace) -> int:
+    """The run without a command."""
+    import torch
+
+    if torch.cuda.is_available():
+        return _measure(import_module("standard"), args)
+    return int(import_module("without_gpu").run(args))
+
+
+def _measure(module: ModuleType, args: argparse.Namespace) -> int:
+    """Measures, and shows the whole result file; 0, or 1 where ours was wrong or could not run."""
+    import measuring
+    import report
+    from results import load
+
+    m = measuring.begin(args)
+    module.measure(args, m)
     if m.run.left_out:
         m.console.print(measuring.left_out(m.run))
     for results in load([m.run.path]).values():
         report.show(results, m.console)
-        for path in (m.run.path, *report.write(results, m.run.path.parent)):
+        for path in (m.run.path, *report.write(results)):
             m.console.print(f"wrote {path}", soft_wrap=True)
     return 1 if m.failed else 0
 
 
 if __name__ == "__main__":
-    keep_patches()
     sys.exit(main())

@@ -8,24 +8,23 @@ PyTorch moves between the launches is not counted; in these layouts there is not
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
 from math import prod
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from arguments import write_json
 from nodes import FORMS, NETWORKS, NORM_ADD_RELU, NORM_RELU, Node
 from problems import DTYPES, LAYOUTS
+from progress import track
 from recorder import Launch, record, require_interpreter
 from resfused.kernels import geometry
 from resfused.kernels.gpu import launch_table
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rows import Rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -320,26 +319,23 @@ def network_total(name: str, way: str, layout: str, dtype: torch.dtype, mode: st
     )
 
 
-def _node_table(traffic: list[NodeTraffic], dtype: str) -> Table:
-    table = Table(title=f"Passes over memory of one node, {dtype}, batch {BATCH}: ours + per-channel part (eager)")
-    for header in ("way", "layout", "form", "C", "HxW"):
-        table.add_column(header)
-    for phase in PHASES:
-        table.add_column(phase, justify="right")
+def _node_table(traffic: list[NodeTraffic], dtype: str) -> Rows:
+    title = f"Passes over memory of one node, {dtype}, batch {BATCH}: ours + per-channel part (eager)"
+    table = Rows(title, keys=("way", "layout", "form", "C", "HxW"), values=PHASES)
     for t in traffic:
         phases = [f"{t.activation(p):.4f} + {t.channel(p):.4f} ({t.eager[p]:.0f})" for p in PHASES]
         _, channels, height, width = t.shape
-        table.add_row(t.way, t.layout, t.form, str(channels), f"{height}x{width}", *phases)
+        table.add(t.way, t.layout, t.form, str(channels), f"{height}x{width}", *phases)
     return table
 
 
-def _launch_table(traffic: list[NodeTraffic]) -> Table:
+def _launch_table(traffic: list[NodeTraffic]) -> Rows:
     """The launches of the first node of each form, way and layout."""
-    table = Table(title="Passes of each launch, the first node of each form above")
-    for header in ("way", "layout", "form", "phase", "kernel"):
-        table.add_column(header)
-    for header in ("read", "written", "per-channel read", "per-channel written"):
-        table.add_column(header, justify="right")
+    table = Rows(
+        "Passes of each launch, the first node of each form above",
+        keys=("way", "layout", "form", "phase", "kernel"),
+        values=("read", "written", "per-channel read", "per-channel written"),
+    )
     first: dict[tuple[str, str, str], NodeTraffic] = {}
     for t in traffic:
         first.setdefault((t.way, t.layout, t.form), t)
@@ -349,8 +345,7 @@ def _launch_table(traffic: list[NodeTraffic]) -> Table:
                 numbers = (
                     launch.activation_read, launch.activation_written, launch.channel_read, launch.channel_written
                 )  # fmt: skip
-                table.add_row(t.way, t.layout, t.form, phase, launch.kernel, *(f"{n:.4f}" for n in numbers))
-        table.add_section()
+                table.add(t.way, t.layout, t.form, phase, launch.kernel, *(f"{n:.4f}" for n in numbers))
     return table
 
 
@@ -359,34 +354,21 @@ def _gigabytes(total: Total, itemsize: int) -> tuple[float, float]:
     return total.ours * total.elements * itemsize / 1e9, total.eager * total.elements * itemsize / 1e9
 
 
-def _total_table(totals: list[Total], dtype: str, bandwidth: float) -> Table:
-    table = Table(
-        title=f"Whole networks, {dtype}, batch {BATCH}: passes per normalised element, convolutions excluded",
+def _total_table(totals: list[Total], dtype: str, bandwidth: float) -> Rows:
+    table = Rows(
+        f"Whole networks, {dtype}, batch {BATCH}: passes per normalised element, convolutions excluded",
+        keys=("network", "way", "layout", "mode"),
+        values=("ours", "+ per-channel", "eager", "eager / ours", "ours GB", "eager GB", "ours ms", "eager ms"),
         caption=f"Times are computed, not measured: bytes / {bandwidth:g} TB/s.",
     )
-    for header in ("network", "way", "layout", "mode"):
-        table.add_column(header)
-    for header in ("ours", "+ per-channel", "eager", "eager / ours", "ours GB", "eager GB", "ours ms", "eager ms"):
-        table.add_column(header, justify="right")
     for total in totals:
         ours, eager = _gigabytes(total, DTYPES[dtype].itemsize)
         passes = (total.activation, total.channel, total.eager, total.ratio)
-        table.add_row(
+        table.add(
             total.network, total.way, total.layout, total.mode, *(f"{p:.3f}" for p in passes),
             f"{ours:.1f}", f"{eager:.1f}", f"{ours / bandwidth:.2f}", f"{eager / bandwidth:.2f}",
         )  # fmt: skip
     return table
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--network", choices=(*NETWORKS, "both"), default="both")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--layout", choices=(*LAYOUTS, "both"), default="both")
-    parser.add_argument(
-        "--bandwidth", type=float, default=4.0, metavar="TB/S", help="what computed times assume; default 4.0"
-    )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write every number there")
-    parser.add_argument("--short", action="store_true", help="one node of each form, no launches, no totals")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -415,7 +397,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(_launch_table(traffic))
         console.print(_total_table(totals, args.dtype, args.bandwidth))
     if args.json:
-        args.json.write_text(json.dumps(_as_json(traffic, totals, args), indent=1) + "\n")
+        write_json(args.json, _as_json(traffic, totals, args))
     return 0
 
 

@@ -8,8 +8,6 @@ happened. On the CPU a process has one thread unless OMP_NUM_THREADS says otherw
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import sys
 from dataclasses import asdict
@@ -18,6 +16,17 @@ from typing import Any
 
 import checkpoints
 import torch
+from arguments import (
+    Parser,
+    UsageError,
+    count,
+    fraction,
+    json_file,
+    non_negative_float,
+    output_folder,
+    positive_int,
+    write_json,
+)
 from environment import environment
 from images import DIGITS, DataError, Images, importing, load_images
 from interpreter import keep_patches
@@ -31,6 +40,8 @@ from zoo import torchvision
 import resfused
 
 CIFAR_RESNET = "cifar_resnet"
+# While they are trained: not the logits alone.
+SEVERAL_OUTPUTS = ("googlenet", "inception_v3")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with launched() as processes:
             return _run(args, processes, interrupt)
-    except (DataError, checkpoints.CheckpointError) as error:
-        raise SystemExit(f"train.py: error: {error}") from error
+    except UsageError as error:
+        _parser().error(str(error))
 
 
 def _run(args: argparse.Namespace, processes: Processes, interrupt: Interrupt) -> int:
@@ -52,6 +63,7 @@ def _run(args: argparse.Namespace, processes: Processes, interrupt: Interrupt) -
     if processes.device.type == "cuda":
         torch.backends.cudnn.benchmark = not args.deterministic
     newest = _checkpoint_to_resume(args, processes)
+    _check_model(args.model)
     images = load_images(args.data, args.image_size, args.workers, args.seed)
     torch.manual_seed(args.seed)
     network, model = _networks(args, images, processes)
@@ -64,7 +76,7 @@ def _run(args: argparse.Namespace, processes: Processes, interrupt: Interrupt) -
         console.print(f"no checkpoint in {args.checkpoint}: starting anew", soft_wrap=True)
     code = trainer.train(console)
     if args.json and processes.rank == 0:
-        args.json.write_text(json.dumps(_results(args, trainer, code), indent=1) + "\n")
+        write_json(args.json, _results(args, trainer, code))
     if code == INTERRUPTED:
         console.print(f"interrupted after step {trainer.steps}" + ("" if args.checkpoint else ", nothing was saved"))
     return code
@@ -98,15 +110,24 @@ def _networks(args: argparse.Namespace, images: Images, processes: Processes) ->
     return network, model
 
 
+def _check_model(name: str) -> None:
+    """Raises: DataError, which lists the models that there are."""
+    if name == CIFAR_RESNET:
+        return
+    with importing("torchvision", f"--model {name}"):
+        models = torchvision().models
+    known = [CIFAR_RESNET, *(each for each in models.list_models(module=models) if each not in SEVERAL_OUTPUTS)]
+    if name not in known:
+        raise DataError(f"--model must be one of {', '.join(known)}, but got {name!r}")
+
+
 def _plain_network(model: str, depth: int, images: Images) -> nn.Module:
     try:
         if model == CIFAR_RESNET:
             return cifar_resnet(depth, images.classes, images.channels)
         if images.channels != 3:
             raise ValueError(f"takes images of 3 channels, and {DIGITS} have {images.channels}")
-        with importing("torchvision", f"--model {model}"):
-            models = torchvision().models
-        return models.get_model(model, num_classes=images.classes)
+        return torchvision().models.get_model(model, num_classes=images.classes)
     except ValueError as error:
         raise DataError(f"--model {model}: {error}") from error
 
@@ -124,24 +145,22 @@ def _results(args: argparse.Namespace, trainer: Trainer, code: int) -> dict[str,
     }
 
 
-def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = argparse.BooleanOptionalAction
 
     images = parser.add_argument_group("images")
     images.add_argument(
         "--data", default=DIGITS, help=f"{DIGITS} (default), or a folder with train/CLASS/* and val/CLASS/*"
     )
-    images.add_argument("--image-size", type=_positive, default=224, metavar="N", help="of a folder's images")
-    images.add_argument("--workers", type=_count, metavar="N", help=f"that load images; default 4, for {DIGITS} 0")
+    images.add_argument("--image-size", type=positive_int, default=224, metavar="N", help="of a folder's images")
+    images.add_argument("--workers", type=count, metavar="N", help=f"that load images; default 4, for {DIGITS} 0")
 
     network = parser.add_argument_group("network")
     network.add_argument(
         "--model", default=CIFAR_RESNET, help=f"{CIFAR_RESNET} (default), or a name in torchvision.models"
     )
-    network.add_argument("--depth", type=_positive, default=20, help=f"of {CIFAR_RESNET}: 6n + 2")
+    network.add_argument("--depth", type=positive_int, default=20, help=f"of {CIFAR_RESNET}: 6n + 2")
     network.add_argument("--fuse", action=switch, default=True, help="resfused.fuse_(network)")
     network.add_argument("--sync-batchnorm", action="store_true", help="statistics over all processes")
     network.add_argument("--compile", action="store_true", help="torch.compile")
@@ -150,24 +169,37 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     network.add_argument("--amp", choices=AMP, default="none", help="autocast; float16 with a gradient scaler")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=_positive, default=60)
-    training.add_argument("--batch-size", type=_positive, default=64, help="per process; the lr is not scaled by it")
-    training.add_argument("--lr", type=_non_negative, default=0.1, help="its peak: linear warm-up, then a cosine to 0")
-    training.add_argument("--warmup-epochs", type=_non_negative, default=1.0)
-    training.add_argument("--momentum", type=_non_negative, default=0.9)
-    training.add_argument("--weight-decay", type=_non_negative, default=1e-4)
-    training.add_argument("--label-smoothing", type=_non_negative, default=0.0)
-    training.add_argument("--seed", type=_count, default=0)
+    training.add_argument("--epochs", type=positive_int, default=60)
+    training.add_argument("--batch-size", type=positive_int, default=64, help="per process; the lr is not scaled by it")
+    training.add_argument(
+        "--lr", type=non_negative_float, default=0.1, help="its peak: linear warm-up, then a cosine to 0"
+    )
+    training.add_argument("--warmup-epochs", type=non_negative_float, help="default 1, of a single epoch half of it")
+    training.add_argument("--momentum", type=non_negative_float, default=0.9)
+    training.add_argument("--weight-decay", type=non_negative_float, default=1e-4)
+    training.add_argument("--label-smoothing", type=fraction, default=0.0)
+    training.add_argument("--seed", type=count, default=0)
     training.add_argument("--deterministic", action="store_true", help="on a GPU, for runs that repeat bit for bit")
 
     run = parser.add_argument_group("run")
-    run.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="written at every epoch's end, and when stopped")
-    run.add_argument("--checkpoint-every", type=_positive, metavar="STEPS", help="and after so many steps")
+    run.add_argument(
+        "--checkpoint", type=output_folder, metavar="FOLDER", help="written at every epoch's end, and when stopped"
+    )
+    run.add_argument("--checkpoint-every", type=positive_int, metavar="STEPS", help="and after so many steps")
     run.add_argument("--resume", action="store_true", help="continue from the newest in the folder, if there is one")
-    run.add_argument("--max-steps", type=_positive, metavar="N", help="stop after so many steps, resumed ones included")
-    run.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
+    run.add_argument(
+        "--max-steps", type=positive_int, metavar="N", help="stop after so many steps, resumed ones included"
+    )
+    run.add_argument("--json", type=json_file, metavar="PATH", help="also write the results there")
 
+    return parser
+
+
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
     args = parser.parse_args(arguments)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(1.0, args.epochs / 2)
     if args.checkpoint is None and (args.resume or args.checkpoint_every):
         parser.error("--resume and --checkpoint-every need --checkpoint FOLDER")
     if args.amp != "none" and args.dtype != "float32":
@@ -175,26 +207,6 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     if args.warmup_epochs >= args.epochs:
         parser.error(f"--warmup-epochs must be less than --epochs {args.epochs}, but got {args.warmup_epochs}")
     return args
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, but got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    number = _count(text)
-    if number == 0:
-        raise argparse.ArgumentTypeError("must be at least 1, but got 0")
-    return number
-
-
-def _non_negative(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be finite and at least 0, but got {text}")
-    return number
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from typing import Any
 import checkpoints
 import torch
 import torch.nn.functional as F
+from checkpoints import CheckpointError
 from images import DataError, Images
 from processes import Interrupt, Processes
+from progress import Progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 AMP = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,6 +30,9 @@ SETTINGS = (
     "model", "depth", "image_size", "epochs", "warmup_epochs", "batch_size", "lr", "momentum", "weight_decay",
     "label_smoothing", "amp", "dtype", "sync_batchnorm", "seed",
 )  # fmt: skip
+
+
+STATE = {"settings", "epoch", "step", "history", "model", "optimizer", "scheduler", "scaler", "ranks"}
 
 
 class Stop(SystemExit):
@@ -149,7 +153,7 @@ class Trainer:
         Else it would after the first step of a resumed run, and three processes add up in another order until then.
         """
         image, label = self.images.training[0]
-        images, _ = self._moved(image.expand(self.args.batch_size, *image.shape), torch.tensor(label))
+        images, _ = self._moved(image.expand(self.args.batch_size, *image.shape), torch.as_tensor(label))
         self.model.eval()  # changes no statistics, draws no random numbers
         self._outputs(self.model, images).sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
@@ -158,16 +162,16 @@ class Trainer:
         processes, batch_size = self.processes, self.args.batch_size
         batches = self.images.training_batches(processes.rank, processes.size, self.epoch, batch_size, self.step)
         self.model.train()
-        with self._progress(console) as progress, self.throughput:
-            task = progress.add_task("", total=self.steps_per_epoch, completed=self.step)
+        what = f"epoch {self.epoch + 1}/{self.args.epochs}"
+        with Progress(console, what, self.steps_per_epoch, self.step) as progress, self.throughput:
             for images, labels in batches:
                 self._step(images, labels)
                 self.throughput.count(batch_size * processes.size)
-                progress.advance(task)
                 # Reading the loss waits for the GPU.
-                if self.step % STEPS_BETWEEN_DISPLAYS == 0 and not progress.disable:
-                    rate = batch_size * processes.size * (progress.tasks[0].speed or math.nan)
-                    progress.update(task, description=f"loss {self.loss.item() / self.step:.4f}, {rate:.0f} images/s")
+                if self.step % STEPS_BETWEEN_DISPLAYS == 0 and not console.quiet:
+                    rate = batch_size * processes.size * progress.rate
+                    progress.detail(f"loss {self.loss.item() / self.step:.4f}, {rate:.0f} images/s")
+                progress.advance()
                 self._stop_if_asked()
                 if self.args.checkpoint_every and self.steps % self.args.checkpoint_every == 0:
                     self.throughput.stop()
@@ -245,13 +249,6 @@ class Trainer:
         """Batches of rank 0, which has the most images."""
         return len(self.images.validation_batches(0, self.processes.size, self.args.batch_size))
 
-    def _progress(self, console: Console) -> Progress:
-        return Progress(
-            TextColumn(f"epoch {self.epoch + 1}/{self.args.epochs}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.description}"), TimeRemainingColumn(),
-            console=console, transient=True, disable=not console.is_terminal or console.quiet,
-        )  # fmt: skip
-
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on, by the names that the user knows."""
         return {
@@ -281,8 +278,10 @@ class Trainer:
         self.processes.barrier()
 
     def resume(self, path: Path) -> None:
-        """Raises: CheckpointError, with nothing changed, where the file is damaged or of another run."""
+        """Raises: CheckpointError, with nothing changed, where the file is damaged, or of another kind or run."""
         state = checkpoints.load(path)
+        if missing := STATE - (state.keys() if isinstance(state, dict) else set()):
+            raise CheckpointError(f"checkpoint {path} is of another format: it lacks {', '.join(sorted(missing))}")
         checkpoints.check_settings(path, state["settings"], self.settings())
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

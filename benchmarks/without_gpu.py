@@ -17,10 +17,10 @@ from environment import environment
 from gate import covering_cases, run_gate
 from nodes import FORMS, NETWORKS, Node, resnet50
 from passes import BACKWARD, BOTH, FORWARD, PHASES
+from progress import track
 from results import PassCount, Run, default_path
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rows import Rows
 
 # The last is off until a GPU has shown its worth.
 VARIANTS = ("eager", "resfused", "resfused in one launch")
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 def count(console: Console) -> list[PassCount]:
     """Of a node of each form by phase, and of a training step of each network; ours with what is per channel."""
     nodes = [node for make in NETWORKS.values() for node in make().nodes]
-    for way, node in track(list(product(traffic.WAYS, nodes)), "Counting passes", console=console):
+    for way, node in track(list(product(traffic.WAYS, nodes)), "Counting passes", console):
         for phase in traffic.phases_of(node, traffic.TRAINING):
             # What is counted once is remembered.
             _ours(node, phase, way)
@@ -84,20 +84,18 @@ def _ours(node: Node, phase: str, way: str) -> float:
     return sum(launch.activation + launch.channel for launch in launches)
 
 
-def table(counts: list[PassCount]) -> Table:
-    shown = Table(
-        title=f"Passes over memory, bfloat16, batch {traffic.BATCH}",
+def table(counts: list[PassCount]) -> Rows:
+    shown = Rows(
+        f"Passes over memory, bfloat16, batch {traffic.BATCH}",
+        keys=("of", "phase"),
+        values=VARIANTS,
         caption="Of a training step: of norms, additions and ReLUs, per normalised element.",
     )
-    for header in ("", "phase"):
-        shown.add_column(header)
-    for header in VARIANTS:
-        shown.add_column(header, justify="right")
     rows: dict[tuple[str, str], list[str]] = {}
     for c in counts:
         rows.setdefault((c.what, c.phase), []).append(f"{c.passes:.2f}")
     for names, row in rows.items():
-        shown.add_row(*names, *row)
+        shown.add(*names, *row)
     return shown
 
 

@@ -1,6 +1,5 @@
 """The four experiments: exact facts, closed forms, fused training against the reference's, and the command."""
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import science
+import run
 import torch
 import torch.nn.functional as F
 from images import DIGITS, DataError
@@ -247,25 +246,24 @@ def test_the_command(tmp_path):
 
 
 def command(*options):
-    parser = argparse.ArgumentParser()
-    science.add_arguments(parser)
-    return science.run(parser.parse_args(options))
+    return run.main(["science", *options])
 
 
 def test_bad_input(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"EXPERIMENT must be of degradation, .* but got slides"):
-        command("slides")
-    with pytest.raises(SystemExit):
-        command("--seeds", "0")
-    assert "whole number of at least 1, but got '0'" in capsys.readouterr().err
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match=r"--output must be a folder, .* but got file"):
-        command("--output", "file")
     message = "--data must be DIGITS or a folder"
     monkeypatch.setattr(session, "load_images", mock.Mock(side_effect=DataError(message)))
-    with pytest.raises(SystemExit, match=message):
-        command("--short", "--processes", "1", "degradation")
+    (tmp_path / "degradation.png").mkdir()
+    for options, said in (
+        (["slides"], "EXPERIMENT: must be one of degradation, "),
+        (["--output", ".", "degradation"], "must be a file, but degradation.png is a folder"),
+        (["--short", "--processes", "1", "degradation"], message),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            command(*options)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert said in err
     assert not list(tmp_path.glob("results/science/*"))
 
 

@@ -1,9 +1,9 @@
 """Nodes and networks timed on small shapes: what is timed, what is left out and why; never how long it takes."""
 
-import argparse
 import json
 from types import SimpleNamespace
 
+import commands
 import measuring
 import network_timing
 import node_timing
@@ -224,21 +224,27 @@ def test_the_nodes_command(tmp_path, monkeypatch, capsys):
 def test_a_damaged_result_file_is_said_before_anything_is_measured(tmp_path, capsys):
     path = tmp_path / "mine.json"
     path.write_text("{")
-    assert run.main(["nodes", "--results", str(path)]) == 1
-    assert f"run.py: error: {path} cannot be read" in capsys.readouterr().err
+    for command in ([], ["nodes"]):
+        with pytest.raises(SystemExit, match="2"):
+            run.main([*command, "--results", str(path)])
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith(f"run.py: error: {path} cannot be read")
+    assert path.read_text() == "{"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.interpreter
 def test_cuda_graphs_need_a_gpu(tmp_path, capsys):
-    assert run.main(["nodes", "--cuda-graph", "--results", str(tmp_path / "x.json")]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["nodes", "--cuda-graph", "--results", str(tmp_path / "x.json")])
     assert "--cuda-graph needs a CUDA GPU" in capsys.readouterr().err
 
 
 def test_the_networks_that_are_timed():
     def chosen(*options, small=False):
-        parser = argparse.ArgumentParser()
-        network_timing.add_arguments(parser)
-        return [tuple(vars(w).values()) for w in network_timing.workloads(parser.parse_args(options), small)]
+        args = commands.parser("").parse_args(["networks", *options])
+        return [tuple(vars(w).values()) for w in network_timing.workloads(args, small)]
 
     assert chosen("--batch", "64") == [
         ("torchvision/resnet50", "training", 64, 224), ("torchvision/resnet18", "training", 64, 224),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import sys
@@ -10,6 +9,7 @@ from collections import Counter
 from itertools import product
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 import triton
@@ -240,11 +240,9 @@ def test_nodes_are_the_norms_of_the_network(network: str, depths: tuple[int, ...
 def test_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traffic, "COUNTED_ELEMENTS", 512)
     monkeypatch.setenv("COLUMNS", "150")
-    parser = argparse.ArgumentParser()
-    traffic.add_arguments(parser)
     path = tmp_path / "traffic.json"
     arguments = ["--short", "--network", "resnet18", "--layout", "channels_last", "--json", str(path)]
-    assert traffic.run(parser.parse_args(arguments)) == 0
+    assert traffic.run(commands.parser("").parse_args(["traffic", *arguments])) == 0
     assert "norm+add" in capsys.readouterr().out
     written = json.loads(path.read_text())
     assert [node["form"] for node in written["nodes"]] == [*nodes.FORMS, *nodes.FORMS]

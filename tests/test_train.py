@@ -90,7 +90,9 @@ def refused(capsys, monkeypatch):
     def refused(*options):
         with pytest.raises(SystemExit) as error:
             train.main([str(option) for option in options])
-        return capsys.readouterr().err + str(error.value)
+        assert error.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
 
     return refused
 
@@ -227,6 +229,9 @@ def test_damaged_checkpoints(stopped, tmp_path, refused):
     path.write_bytes(content[: len(content) // 2])
     error = refused(*SMALL, "--no-fuse", "--checkpoint", tmp_path, "--resume")
     assert error.startswith(f"train.py: error: checkpoint {path} cannot be read, it is truncated or damaged")
+    checkpoints.save(tmp_path, 2, {"settings": {}, "model": {}})
+    error = refused(*SMALL, "--no-fuse", "--checkpoint", tmp_path, "--resume")
+    assert error.startswith(f"train.py: error: checkpoint {path} is of another format: it lacks epoch, ")
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -374,7 +379,8 @@ def test_two_processes_with_synchronised_statistics_are_one_with_the_whole_batch
 
 def test_two_processes_evaluate_what_they_save(tmp_path):
     """Their running statistics differ, and rank 0's are saved; every validation image counts once."""
-    run_two(*SMALL, "--dtype", "float64", "--epochs", 1, "--warmup-epochs", 0, "--checkpoint", tmp_path)
+    out = run_two(*SMALL, "--dtype", "float64", "--epochs", 1, "--checkpoint", tmp_path)
+    assert "Warning" not in out
     state = checkpoints.load(newest(tmp_path))
     network = cifar_resnet(8, 10, 1).double().eval()
     network.load_state_dict(state["model"])
@@ -412,8 +418,8 @@ def test_a_deterministic_gpu_run_is_resumed_to_the_bit(tmp_path):
         (["--resume"], "--resume and --checkpoint-every need --checkpoint FOLDER"),
         (["--amp", "bfloat16", "--dtype", "float64"], "--amp bfloat16 needs --dtype float32, but got float64"),
         (["--warmup-epochs", "2", "--epochs", "2"], "--warmup-epochs must be less than --epochs 2, but got 2.0"),
-        (["--batch-size", "0"], "argument --batch-size: must be at least 1, but got 0"),
-        (["--lr", "nan"], "argument --lr: must be finite and at least 0, but got nan"),
+        (["--batch-size", "0"], "argument --batch-size: must be a whole number of at least 1, but got '0'"),
+        (["--lr", "nan"], "argument --lr: must be a finite number of at least 0, but got 'nan'"),
         (["--depth", "21", "--no-fuse"], "--model cifar_resnet: depth must be 6n + 2"),
         (["--model", "resnet18"], "--model resnet18: takes images of 3 channels"),
         (
@@ -421,6 +427,15 @@ def test_a_deterministic_gpu_run_is_resumed_to_the_bit(tmp_path):
             "--batch-size 2000 with 1 process(es) needs more training images than the 1437",
         ),
         (["--data", "nowhere"], "nowhere"),
+        (["--model", "nosuch"], "--model must be one of cifar_resnet, alexnet, "),
+        (["--model", "nosuch"], " resnet50, "),
+        (["--model", "googlenet"], "wide_resnet50_2, but got 'googlenet'"),
+        (["--label-smoothing", "2"], "argument --label-smoothing: must be a number from 0 to 1, but got '2'"),
+        (["--seed", "-1"], "argument --seed: must be a whole number of at least 0, but got '-1'"),
+        (["--workers", "two"], "argument --workers: must be a whole number of at least 0, but got 'two'"),
+        (["--json", "."], "argument --json: must be a file, but . is a folder"),
+        (["--json", SCRIPT], f"argument --json: must be a JSON file or a new one, but {SCRIPT} is of another format"),
+        (["--checkpoint", SCRIPT], f"argument --checkpoint: must be a folder, but {SCRIPT} is a file"),
     ],
 )
 def test_options_that_cannot_be(options, message, refused):
@@ -455,5 +470,6 @@ def test_a_folder_of_images(folder):
 
 def test_a_folder_without_torchvision(refused, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    for options in (["--data", folder], ["--data", folder, "--model", "resnet18"]):
-        assert refused(*options).startswith(f"train.py: error: --data {folder} needs torchvision, which cannot be")
+    for options in (["--data", str(folder)], ["--model", "resnet18"]):
+        expected = f"train.py: error: {' '.join(options)} needs torchvision, which cannot be"
+        assert refused(*options).startswith(expected)

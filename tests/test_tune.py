@@ -283,15 +283,17 @@ def test_without_a_gpu_the_kernels_own_table_is_safe(
     monkeypatch.setattr(tuning, "Session", None)
     before = launch_file.PATH.read_bytes()
     record = ["--record", str(tmp_path / "record.json")]
-    assert command(*record) == 1
-    assert "needs a CUDA GPU, or --short" in capsys.readouterr().out
+
+    def refused(*arguments: str) -> str:
+        with pytest.raises(SystemExit, match="2"):
+            command(*arguments, *record)
+        return capsys.readouterr().err
+
+    assert "needs a CUDA GPU, or --short" in refused()
     for output in ([], ["--output", str(launch_file.PATH)]):
-        assert command("--short", *output, *record) == 1
-        assert "needs a CUDA GPU or --output" in capsys.readouterr().out
-    assert command("--short", "--output", str(tmp_path), *record) == 1
-    assert "is a folder" in capsys.readouterr().out
-    assert command("--minutes", "0", "--short", *record) == 1
-    assert "must be above 0" in capsys.readouterr().out
+        assert "needs a CUDA GPU or --output" in refused("--short", *output)
+    assert f"--output: must be a file, but {tmp_path} is a folder" in refused("--short", "--output", str(tmp_path))
+    assert "--minutes: must be a finite number above 0, but got '0'" in refused("--minutes", "0", "--short")
     assert list(tmp_path.iterdir()) == []
     assert launch_file.PATH.read_bytes() == before
 
@@ -344,7 +346,7 @@ def test_what_is_found_is_written(
     assert "streaming.reduce.channels_last[0].elements     │   1024 │  4096 │  +21.0%" in printed
     # Three launches have two entries, one has one; warps and inner are what they were.
     assert f"backward  │ contiguous    │      256 │ {1.1 ** (2 + 1.024 + 5) - 1:+.1%} │  0.0%" in printed
-    assert "second_phase_reversed     │ on -> off │  +10.0% │   +10.0% │ +10.0% │  0.0% │ off" in printed
+    assert "second_phase_reversed     │ on -> off │  +10.0% │   +10.0% │ +10.0% │  0.0% │  off" in printed
     with launch_table.using(**table.constants):
         for form in FORMS:
             for layout in LAYOUTS:

@@ -14,50 +14,33 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from images import DIGITS, DataError
+from arguments import output_file
 from rich.console import Console
-from rich.table import Table
+from rows import Rows
 
 from science import agreement, degradation, gradient_highway, identity_initialisation, page, records, shortcut_forms
-from science.session import DEFAULT, FULL, SHORT, Session, Source, default_processes, one_thread
+from science.session import DEFAULT, FULL, SHORT, Session, Source, one_thread
 
 EXPERIMENTS = {each.NAME: each for each in (degradation, gradient_highway, identity_initialisation, shortcut_forms)}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(EXPERIMENTS)}; default all")
-    parser.add_argument("--seeds", type=_positive, metavar="N", help="default: each experiment's own number")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--full", action="store_true", help="the full size, for a GPU")
-    size.add_argument("--short", action="store_true", help="a few steps of tiny networks")
-    parser.add_argument("--data", default=DIGITS, help=f"{DIGITS} (default), or a folder with train/ and val/ in it")
-    parser.add_argument("--image-size", type=_positive, default=32, metavar="N", help="of a folder's images")
-    parser.add_argument("--processes", type=_positive, default=default_processes(), metavar="N",
-                        help="trainings at a time on a CPU; default %(default)s")  # fmt: skip
-    parser.add_argument(
-        "--output", type=Path, default=Path("results/science"), metavar="FOLDER", help="default %(default)s"
-    )
-    parser.add_argument(
-        "--write-page", action="store_true", help="the tables of benchmarks/science/README.md, from the results"
-    )
-
-
 def run(args: argparse.Namespace) -> int:
-    """Runs the experiments, prints their tables, writes their files; 1 where a fused training went its own way."""
-    unknown = [name for name in args.experiment if name not in EXPERIMENTS]
-    if unknown:
-        raise SystemExit(f"run.py science: error: EXPERIMENT must be of {', '.join(EXPERIMENTS)}, but got {unknown[0]}")
-    if args.output.exists() and not args.output.is_dir():
-        raise SystemExit(f"run.py science: error: --output must be a folder, or nothing yet, but got {args.output}")
+    """Runs the experiments, prints their tables, writes their files; 1 where a fused training went its own way.
+
+    Raises: UsageError, with nothing run, where a file could not be written or the images cannot be had.
+    """
+    names = args.experiment or list(EXPERIMENTS)
+    files = [f"{name}.{kind}" for name in names for kind in ("json", "png")]
+    for file in (*files, f"{agreement.SAME_TRAINING}.png"):
+        output_file(args.output / file)
+    if args.write_page:
+        output_file(page.PAGE)
     args.output.mkdir(parents=True, exist_ok=True)
     size = FULL if args.full else SHORT if args.short else DEFAULT
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     session = Session(Source(args.data, args.image_size), size, args.seeds, args.processes, device, Console())
-    try:
-        with one_thread():
-            within = [run_one(name, session, args.output) for name in args.experiment or EXPERIMENTS]
-    except DataError as error:
-        raise SystemExit(f"run.py science: error: {error}") from error
+    with one_thread():
+        within = [run_one(name, session, args.output) for name in names]
     figure = agreement.draw(records.read_all(args.output, EXPERIMENTS), args.output)
     session.console.print(f"wrote {figure}", soft_wrap=True)
     if args.write_page:
@@ -83,15 +66,7 @@ def run_one(name: str, session: Session, folder: Path) -> bool:
 
 
 def _print_table(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title)
-    for heading in headings:
-        table.add_column(heading)
+    table = Rows(title, headings[:1], headings[1:])
     for row in rows:
-        table.add_row(*row)
+        table.add(*row)
     console.print(table)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, but got {text!r}")
-    return int(text)

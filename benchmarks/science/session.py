@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -13,8 +12,8 @@ from typing import TypeVar
 import torch
 from images import Images, load_images
 from interpreter import keep_patches
+from progress import Progress
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 import resfused
@@ -69,19 +68,18 @@ class Session:
 
     def run(self, work: Callable[[Job], Result], jobs: Sequence[Job], what: str) -> list[Result]:
         """``work`` of every job, in order; on a CPU several processes take them, the first jobs first."""
-        with Progress(console=self.console) as progress:
-            task = progress.add_task(what, total=len(jobs))
+        with Progress(self.console, what, len(jobs)) as progress:
             if self.on_gpu or min(self.processes, len(jobs)) == 1:
                 found = []
                 for job in jobs:
                     found.append(work(job))
-                    progress.advance(task)
+                    progress.advance()
                 return found
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(self.processes, context, _begin_worker) as pool:
                 futures = [pool.submit(work, job) for job in jobs]
                 for _ in as_completed(futures):
-                    progress.advance(task)
+                    progress.advance()
             return [future.result() for future in futures]
 
 
@@ -112,10 +110,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def default_processes() -> int:
-    return min(2, os.cpu_count() or 1)
 
 
 def _as_it_is(image: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ does not allow is said. A change is kept where its gain exceeds the noise of two
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -18,13 +17,14 @@ from time import monotonic
 from typing import Any
 
 import torch
+from arguments import UsageError, json_file, write_json
 from environment import environment
 from nodes import resnet50_nodes
-from problems import DTYPES, LAYOUTS
+from problems import LAYOUTS
+from progress import Progress
 from resfused.kernels.gpu import launch_file, launch_table
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from rows import Rows
 
 from resfused.backend import require_kernels
 from tuning import ahead
@@ -33,35 +33,16 @@ from tuning.places import NUMBERS, ONE_LAUNCH, OneLaunchLimit, Switch
 from tuning.plan import DIRECTIONS, PARTS, SHORT_NODES, TILES, cases_of, plan
 from tuning.search import Comparison, PresentFailsError, Search, Step, Taken, compare_cases
 
-RECORD = Path("results/tune.json")
 MEANINGLESS = "times of Triton's interpreter on a CPU, which mean nothing"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=6.0, help="stop then, with what was found; default 6")
-    parser.add_argument(
-        "--layout", action="append", choices=LAYOUTS, help="repeatable; default channels_last, then contiguous"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--batch", type=int, action="append", metavar="N", help="repeatable; default 256 and 32")
-    parser.add_argument("--part", action="append", choices=PARTS, help="only this part of the search; repeatable")
-    kernels = [*launch_file.STREAMING_KERNELS, *launch_file.DIRECTIONS]
-    parser.add_argument(
-        "--kernel", action="append", choices=kernels, help="only tiles of this kernel; forward, backward: in one launch"
-    )
-    parser.add_argument("--repetitions", type=int, default=10)
-    parser.add_argument("--short", action="store_true", help="tiny nodes, one number an entry: shows that it works")
-    parser.add_argument("--output", type=Path, metavar="PATH", help="the new table; default: the file the kernels read")
-    parser.add_argument("--record", type=Path, metavar="PATH", default=RECORD, help="every measurement")
-    parser.add_argument("--dry-run", action="store_true", help="measure, and write no table")
-
-
 def run(args: argparse.Namespace) -> int:
-    """Searches, prints and writes; 0, or 1 where nothing could be searched."""
+    """Searches, prints and writes; 0, or 1 where nothing could be searched.
+
+    Raises: UsageError, before anything is written, where the arguments cannot be run here.
+    """
+    _check(args)
     console = Console()
-    if problem := _refusal(args):
-        console.print(f"[red]{problem}")
-        return 1
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     require_kernels(torch.empty(1, device=device))
@@ -76,19 +57,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _refusal(args: argparse.Namespace) -> str | None:
-    """Why these arguments cannot be run here."""
-    target = (args.output or launch_file.PATH).resolve()
-    if args.minutes <= 0 or args.repetitions < 1 or any(batch < 1 for batch in args.batch or ()):
-        return "--minutes, --repetitions and --batch must be above 0"
+def _check(args: argparse.Namespace) -> None:
+    """Raises: UsageError where these arguments cannot be run here."""
+    target = args.output or launch_file.PATH
     if not torch.cuda.is_available():
         if not args.short:
-            return "tune needs a CUDA GPU, or --short: in the interpreter a node of ResNet-50 would take hours"
-        if not args.dry_run and target == launch_file.PATH.resolve():
-            return f"tune needs a CUDA GPU or --output: {MEANINGLESS}, do not go into the kernels' own table"
-    if not args.dry_run and target.is_dir():
-        return f"--output must be a file, and {target} is a folder"
-    return None
+            raise UsageError("tune needs a CUDA GPU, or --short: in the interpreter a node of ResNet-50 takes hours")
+        if not args.dry_run and target.resolve() == launch_file.PATH.resolve():
+            raise UsageError(f"tune needs a CUDA GPU or --output: {MEANINGLESS}, do not go into the kernels' own table")
+    if not args.dry_run:
+        json_file(target)
 
 
 class Session:
@@ -109,8 +87,8 @@ class Session:
             nodes, batches, numbers = SHORT_NODES, [2], NUMBERS[:1]
         cases = cases_of(nodes, batches, args.dtype, layouts)
         self._stages = plan(table, cases, layouts, parts, kernels, numbers)
-        for path in (args.record, *([] if args.dry_run else [self._target])):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if not args.dry_run:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
 
     @property
     def _target(self) -> Path:
@@ -127,22 +105,22 @@ class Session:
             if architecture := _architecture(self._device):
                 l2_bytes = launch_table.l2_bytes(self._device)
                 compiler = stack.enter_context(ahead.compiler(architecture, l2_bytes))
-            progress = stack.enter_context(Progress(console=self._console))
-            task = progress.add_task("", total=sum(len(stage.steps) for stage in self._stages))
+            steps = sum(len(stage.steps) for stage in self._stages)
+            progress = stack.enter_context(Progress(self._console, "Searching", steps))
 
             def compare(step: Step, variants: dict[str, Any]) -> Comparison:
-                progress.update(task, description=step.name)
+                progress.detail(step.name)
                 if compiler and self._search.has_changed(step.entry):
                     self._compile(compiler, [step])
                 return self._compare(step, variants)
 
             def after_each(step: Step) -> None:
-                progress.advance(task)
+                progress.advance()
                 self._after(step)
 
             for stage in self._stages:
                 if compiler and self._seconds_left() > 0:
-                    progress.update(task, description=f"compiling: {stage.title}")
+                    progress.detail(f"compiling: {stage.title}")
                     self._compile(compiler, [step for step in stage.steps if self._search.is_due(step)])
                 self._search.run(stage.steps, compare, after_each)
         self.save()
@@ -179,7 +157,7 @@ class Session:
 
     def save(self) -> None:
         """The record and, unless it is a dry run or nothing was measured, the table."""
-        self._args.record.write_text(json.dumps(self._record(), indent=1) + "\n")
+        write_json(self._args.record, self._record())
         if self._search.taken and not self._args.dry_run:
             tuned_on = [*self._earlier, self._summary()]
             launch_file.write(self._search.table._replace(tuned_on=tuned_on), self._target)
@@ -239,40 +217,40 @@ def _recorded(taken: Taken) -> dict[str, Any]:
     }
 
 
-def _changes_table(search: Search) -> Table:
-    table = Table(title=f"Launch table: {len(search.changes)} changes in {len(search.taken)} comparisons")
-    table.add_column("place", no_wrap=True)
-    for heading in ("before", "after", "gain", "noise"):
-        table.add_column(heading, justify="right")
+def _changes_table(search: Search) -> Rows:
+    title = f"Launch table: {len(search.changes)} changes in {len(search.taken)} comparisons"
+    table = Rows(title, keys=("place",), values=("before", "after", "gain", "noise"))
     for change in search.changes:
-        table.add_row(change.place, change.before, change.after, f"{change.gain:+.1%}", f"{change.noise:.1%}")
+        table.add(change.place, change.before, change.after, f"{change.gain:+.1%}", f"{change.noise:.1%}")
     return table
 
 
-def _one_launch_table(taken: Sequence[Taken]) -> Table:
+def _one_launch_table(taken: Sequence[Taken]) -> Rows:
     """What one launch gains over three, by the size of the node."""
-    table = Table(title="One launch a direction: what it gains over three")
-    for heading in ("direction", "layout", "elements", "gain", "noise"):
-        table.add_column(heading, justify="left" if heading in ("direction", "layout") else "right")
+    table = Rows(
+        "One launch a direction: what it gains over three",
+        keys=("direction", "layout"),
+        values=("elements", "gain", "noise"),
+    )
     for step, comparison in ((t.step, t.comparison) for t in taken if isinstance(t.step, OneLaunchLimit)):
         sizes = [case.geometry.numel for case in step.cases]
         for size in sorted(set(sizes)) if comparison.candidates else ():
             gain = comparison.gain(ONE_LAUNCH, [i for i, other in enumerate(sizes) if other == size])
-            table.add_row(step.direction, step.layout, str(size), f"{gain:+.1%}", f"{comparison.noise:.1%}")
+            table.add(step.direction, step.layout, str(size), f"{gain:+.1%}", f"{comparison.noise:.1%}")
     return table
 
 
-def _switches_table(taken: Sequence[Taken]) -> Table:
+def _switches_table(taken: Sequence[Taken]) -> Rows:
     """What turning each switch over gains, by direction."""
-    table = Table(title="Order and cache hints: what the other setting gains")
-    for heading in ("switch", "compared", *DIRECTIONS, "both", "noise", "kept"):
-        table.add_column(heading, justify="left" if heading in ("switch", "compared", "kept") else "right")
+    table = Rows(
+        "Order and cache hints: what the other setting gains",
+        keys=("switch", "compared"),
+        values=(*DIRECTIONS, "both", "noise", "kept"),
+    )
     for step, comparison, change in ((t.step, t.comparison, t.change) for t in taken if isinstance(t.step, Switch)):
         for other in comparison.candidates:
             of_each = [[i for i, case in enumerate(step.cases) if case.direction == d] for d in DIRECTIONS]
             gains = [f"{comparison.gain(other, cases):+.1%}" for cases in (*of_each, None)]
             before = "off" if other == "on" else "on"
-            table.add_row(
-                step.name, f"{before} -> {other}", *gains, f"{comparison.noise:.1%}", other if change else before
-            )
+            table.add(step.name, f"{before} -> {other}", *gains, f"{comparison.noise:.1%}", other if change else before)
     return table
