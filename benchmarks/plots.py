@@ -1,4 +1,4 @@
-"""Plots of a result file, one PNG each: nodes' speed-ups and bandwidth, networks' images a second and memory."""
+"""Plots of a result file, one PNG each: what was timed of nodes, kernels and networks, and passes over memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import network_timing as networks
 import variants as nodes
 from goals import ratios
 from passes import BOTH, PHASES
-from results import CPU, CPU_LABEL, KernelTime, NetworkTime, NodeTime, OfANode, Results
+from results import CPU, CPU_LABEL, KernelTime, NetworkTime, NodeTime, OfANode, PassCount, Results
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -25,17 +25,25 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F
 
 def write_plots(results: Results, stem: Path) -> list[Path]:
     """``<stem>-speedup-batch-256.png`` and so on, of what was measured."""
-    paths = []
-    for name, draw in _plots(results):
-        paths.append(stem.with_name(f"{stem.name}-{name}.png"))
-        figure = draw()
-        label = CPU_LABEL if results.machine == CPU else results.machine
-        versions = results.environments[-1]
-        made = f"{label}; torch {versions['torch']}, triton {versions['triton']}, {versions['commit']}"
-        figure.supxlabel(made, x=0.995, ha="right", fontsize=7, color="0.4")
-        figure.savefig(paths[-1], dpi=110)
-        plt.close(figure)
-    return paths
+    label = CPU_LABEL if results.machine == CPU else results.machine
+    paths = [_save(draw(), results.environments[-1], label, stem, name) for name, draw in _plots(results)]
+    counts = results.of(PassCount)
+    return paths + ([write_passes(counts, results.environments[-1], stem)] if counts else [])
+
+
+def write_passes(counts: list[PassCount], versions: dict[str, Any], stem: Path) -> Path:
+    """``<stem>-passes.png``: passes over memory, which are those of any machine."""
+    label = "bfloat16, batch 256; ours counted from the kernels' loads and stores, eager's by a model of its operators"
+    return _save(_passes(counts), versions, label, stem, "passes")
+
+
+def _save(figure: Any, versions: dict[str, Any], label: str, stem: Path, name: str) -> Path:
+    path = stem.with_name(f"{stem.name}-{name}.png")
+    made = f"{label}; torch {versions['torch']}, triton {versions['triton']}, {versions['commit']}"
+    figure.supxlabel(made, x=0.995, ha="right", fontsize=7, color="0.4")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
 
 
 def _plots(results: Results) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -135,6 +143,54 @@ def _networks(times: list[NetworkTime], what: str, value: Callable[[NetworkTime]
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _passes(counts: list[PassCount]) -> Any:
+    """A panel for each form of node and one for the networks, a bar for each variant."""
+    panels: dict[str, dict[str, list[PassCount]]] = {}
+    for c in counts:
+        of_a_node = c.phase in PHASES
+        panel, group = (c.what, c.phase) if of_a_node else (f"{c.phase}, per normalised element", c.what)
+        panels.setdefault(panel, {}).setdefault(group, []).append(c)
+    figure, axes = plt.subplots(2, 2, figsize=(10.5, 6), sharex=True, layout="constrained")
+    for panel, (title, groups) in zip(axes.flat, panels.items(), strict=True):
+        _pass_bars(panel, groups)
+        panel.set_title(title, loc="left", fontsize=10)
+    for panel in axes[1]:
+        panel.set_xlabel("passes over memory: one reads or writes one activation once", fontsize=8)
+    figure.suptitle(_fewer(counts), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    # Where bars are short.
+    axes[0, 0].legend(loc="upper right", fontsize=9, frameon=False)
+    return figure
+
+
+def _pass_bars(axes: Any, groups: dict[str, list[PassCount]]) -> None:
+    """Of each group a bar for each variant, with its figure and how many times fewer it is than the first's."""
+    variants = list(dict.fromkeys(c.variant for group in groups.values() for c in group))
+    middles = [i * (len(variants) + 1) + (len(variants) - 1) / 2 for i in range(len(groups))]
+    for i, (variant, colour) in enumerate(zip(variants, ("0.7", COLOURS[0], COLOURS[5]), strict=True)):
+        places = [middle - (len(variants) - 1) / 2 + i for middle in middles]
+        passes = [group[i].passes for group in groups.values()]
+        fewer = [group[0].passes / group[i].passes for group in groups.values()]
+        drawn = axes.barh(places, passes, height=0.85, color=colour, label=variant)
+        texts = [f"{p:.2f}" + (f"  ({f:.1f} times fewer)" if i else "") for p, f in zip(passes, fewer, strict=True)]
+        axes.bar_label(drawn, texts, padding=3, fontsize=8)
+    axes.set_yticks(middles, groups, fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.tick_params(labelsize=8, labelbottom=True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _fewer(counts: list[PassCount]) -> str:
+    """What was found of the last network."""
+    network = counts[-1].what
+    eager, *ours = [c.passes for c in counts if c.what == network]
+    times = [f"{eager / passes:.1f}" for passes in ours]
+    return (
+        f"{network}: norms, additions and ReLUs of a training step move {times[0]} times less memory than in eager,\n"
+        f"{times[1]} times less with one launch a direction"
+    )
 
 
 def _label(form: str, shape: str) -> str:

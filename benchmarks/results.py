@@ -123,12 +123,27 @@ class StepProfile:
     KIND: ClassVar[str] = "steps"
 
 
-Measurement = NodeTime | KernelTime | NetworkTime | StepProfile
-_KINDS: dict[str, type[Measurement]] = {t.KIND: t for t in (NodeTime, KernelTime, NetworkTime, StepProfile)}
+@dataclass(frozen=True)
+class PassCount:
+    """Passes over memory of ``phase`` of a node of one form, or of a network's norms, additions and ReLUs.
+
+    Of a node per element of an activation, of a network per normalised element: of the input of one of its norms.
+    """
+
+    what: str
+    phase: str
+    variant: str
+    passes: float
+
+    KIND: ClassVar[str] = "passes"
+
+
+Measurement = NodeTime | KernelTime | NetworkTime | StepProfile | PassCount
+_KINDS: dict[str, type[Measurement]] = {t.KIND: t for t in (NodeTime, KernelTime, NetworkTime, StepProfile, PassCount)}
 # What says which measurement it is; of two alike the later one counts.
 _MEASURED = {
     "samples_ms", "least_bytes", "copy_gb_s", "error", "dram_bytes", "peak_bytes",
-    "span_ms", "idle_ms", "kinds_ms", "longest",
+    "span_ms", "idle_ms", "kinds_ms", "longest", "passes",
 }  # fmt: skip
 # Of an environment, by what is made of it.
 _NEEDED = ("time", "gpu", "driver", "torch", "triton", "commit")

@@ -1,4 +1,4 @@
-"""The run without a command: the gate, then our kernels, ResNet-50's nodes and its training step against the others."""
+"""The run without a command on a GPU: the gate, our kernels, ResNet-50's nodes and training step against the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict
 import network_timing
 import node_timing
 import torch
-from gate import run_gate
+from gate import every_case, run_gate
 from kernel_profile import profile_nodes
 from measuring import Measuring
 from network_timing import standard_workload
@@ -18,8 +18,7 @@ from nodes import NETWORKS
 
 def measure(args: argparse.Namespace, m: Measuring) -> None:
     """What decides most comes first: a short lease may end before the rest. Nothing is timed with wrong kernels."""
-    wide = torch.float32 if m.device.type == "cuda" else torch.float64
-    verdicts = run_gate(m.device, [torch.bfloat16, wide], m.console)
+    verdicts = run_gate(m.device, every_case([torch.bfloat16, torch.float32]), m.console)
     m.run.note("gate", [{**asdict(v), "passed": v.passed} for v in verdicts])
     if not all(v.passed for v in verdicts):
         m.console.print("[red]The kernels are wrong on this machine: nothing was timed.")
@@ -28,9 +27,9 @@ def measure(args: argparse.Namespace, m: Measuring) -> None:
     nodes = SMALL if m.small else node_timing.unique(NETWORKS["resnet50"]().nodes)
     for batch in SMALL_BATCHES if m.small else BATCHES:
         times = node_timing.repetitions(m.small)
-        c = Comparison(nodes, [batch], torch.bfloat16, "channels_last", times, node_timing.standard(m.device))
+        c = Comparison(nodes, [batch], torch.bfloat16, "channels_last", times)
         profile_nodes(c, m, counters=False)
         node_timing.time_nodes(c, m)
         if batch in (BATCHES[0], *SMALL_BATCHES):
             times = network_timing.repetitions(m.small)
-            network_timing.time_networks([standard_workload(m.small)], network_timing.standard(m.device), times, m)
+            network_timing.time_networks([standard_workload(m.small)], network_timing.STANDARD, times, m)

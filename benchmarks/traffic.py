@@ -112,7 +112,8 @@ def reduced(shape: Shape, layout: str) -> Shape:
 def _launches(
     form: str, phase: str, way: str, layout: str, dtype: torch.dtype, shape: Shape, execute: bool
 ) -> list[Launch]:
-    forked = phase == FORKED
+    # A forward is the same whatever follows: a tail's comes with the backward of the fork that it mostly feeds.
+    forked = phase == FORKED or (phase == FORWARD and form != NORM_RELU)
     forward, backward = _run_node(form, phase != EVAL, forked, way, layout, dtype, shape, execute)
     return backward if phase in (BACKWARD, FORKED) else forward
 
@@ -251,8 +252,13 @@ def node_traffic(form: str, way: str, layout: str, dtype: torch.dtype, shape: Sh
     return NodeTraffic(form, way, layout, shape, launches, {phase: eager_passes(form, phase) for phase in PHASES})
 
 
-def _at_batch(node: Node, way: str, layout: str, dtype: torch.dtype) -> NodeTraffic:
-    return node_traffic(node.form, way, layout, dtype, (BATCH, node.channels, node.height, node.width))
+def at_batch(node: Node) -> Shape:
+    return BATCH, node.channels, node.height, node.width
+
+
+def phases_of(node: Node, mode: str) -> tuple[str, ...]:
+    """Which phases a node goes through in a training step or an inference."""
+    return (FORWARD, FORKED if node.forked else BACKWARD) if mode == TRAINING else (EVAL,)
 
 
 @dataclass(frozen=True)
@@ -290,25 +296,25 @@ def network_total(name: str, way: str, layout: str, dtype: torch.dtype, mode: st
     elements = sum(node.count * node.norms * node.elements for node in network.nodes)
     pooled = FORK_PASSES * network.pooled_elements / elements if mode == TRAINING else 0.0
 
-    def phases(node: Node) -> tuple[str, ...]:
-        return (FORWARD, FORKED if node.forked else BACKWARD) if mode == TRAINING else (EVAL,)
-
-    def per_element(passes: Callable[[NodeTraffic, str], float]) -> float:
+    def per_element(passes: Callable[[Node, str], float]) -> float:
         weighted = (
-            node.count * node.elements * passes(_at_batch(node, way, layout, dtype), phase)
+            node.count * node.elements * passes(node, phase)
             for node in network.nodes
-            for phase in phases(node)
+            for phase in phases_of(node, mode)
         )
         return sum(weighted) / elements
+
+    def launches(node: Node, phase: str) -> list[LaunchTraffic]:
+        return count_node(node.form, phase, way, layout, dtype, at_batch(node))
 
     return Total(
         name,
         way,
         layout,
         mode,
-        activation=per_element(NodeTraffic.activation) + pooled,
-        channel=per_element(NodeTraffic.channel),
-        eager=per_element(lambda t, phase: t.eager[phase]) + pooled,
+        activation=per_element(lambda node, phase: sum(t.activation for t in launches(node, phase))) + pooled,
+        channel=per_element(lambda node, phase: sum(t.channel for t in launches(node, phase))),
+        eager=per_element(lambda node, phase: eager_passes(node.form, phase)) + pooled,
         elements=BATCH * elements,
     )
 
@@ -376,7 +382,10 @@ def run(args: argparse.Namespace) -> int:
         nodes = [next(node for node in nodes if node.form == form) for form in FORMS]
     console = Console()
     wanted = list(product(WAYS, layouts, nodes))
-    counted = [_at_batch(node, way, layout, dtype) for way, layout, node in track(wanted, "Counting", console=console)]
+    counted = [
+        node_traffic(node.form, way, layout, dtype, at_batch(node))
+        for way, layout, node in track(wanted, "Counting", console=console)
+    ]
     # Both networks have some nodes in common.
     traffic = list({(t.way, t.layout, t.form, t.shape): t for t in counted}.values())
     totals = []

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +18,7 @@ from images import DIGITS, DataError
 from networks import PlainBlock, cifar_plain, cifar_resnet
 from oracle import relative_error
 from resfused.kernels import gpu as kernels
-from science import EXPERIMENTS, agreement, degradation, page, records, session, shortcut_forms
+from science import EXPERIMENTS, agreement, degradation, figures, page, records, session, shortcut_forms
 from science.agreement import TINY, Comparison, compare
 from science.gradients import gradients, profile
 from science.identity_initialisation import deviations, stack_of
@@ -240,6 +241,7 @@ def test_the_command(tmp_path):
         assert content["environment"]["torch"] == torch.__version__
         assert content["wall_seconds"] > 0
         assert all(len(a["fused"]) == TINY.steps for a in content["agreements"])
+    for name in (*EXPERIMENTS, agreement.SAME_TRAINING):
         assert (tmp_path / "made" / "here" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -273,6 +275,46 @@ def test_the_page_has_the_numbers_of_the_results(tmp_path):
     errors = [run["errors"][-1] for run in content["runs"] if (run["network"], run["variant"]) == ("plain-56", FUSED)]
     assert ", ".join(f"{error:.2%}" for error in errors) in copied.read_text()
     assert degradation.final_errors(content, "plain-56") == errors
+
+
+@pytest.mark.parametrize("name", [*EXPERIMENTS, agreement.SAME_TRAINING])
+def test_no_label_leaves_its_axes_or_meets_another(name, monkeypatch):
+    """Of the figures of the committed results; titles and what stands at an axis are outside anyway."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, *_: drawn.append(figure))
+    contents = records.read_all(RESULTS, EXPERIMENTS)
+    if name in EXPERIMENTS:
+        EXPERIMENTS[name].draw(contents[name], RESULTS)
+    else:
+        agreement.draw(contents, RESULTS)
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    labels = 0
+    for axes in figure.axes:
+        texts = [*axes.texts, *([axes.get_legend()] if axes.get_legend() else [])]
+        extents = [text.get_window_extent() for text in texts]
+        labels += len(extents)
+        x0, y0, x1, y1 = axes.get_window_extent().extents
+        for extent in extents:
+            assert x0 <= extent.x0
+            assert y0 <= extent.y0
+            assert extent.x1 <= x1
+            assert extent.y1 <= y1
+        assert not any(a.overlaps(b) for a, b in combinations(extents, 2))
+    assert labels
+    figures.plt.close(figure)
+
+
+def test_a_difference_is_clear_where_no_seeds_overlap():
+    def content(*accuracies):
+        pairs = zip(shortcut_forms.FORMS, accuracies, strict=True)
+        runs = [{"form": f, "blocks": FUSED, "accuracy": a} for f, each in pairs for a in each]
+        return {"runs": runs, "fused_curves_on": "", "full_length_difference": {}}
+
+    linear, projection = shortcut_forms.findings(content([0.5, 0.75], [0.75, 1.0], [0.875, 1.0]))
+    assert "Linear projection against identity: no clear difference" in linear
+    assert "+25.00% on average (+25.00% to +25.00%)" in linear
+    assert "Projection with norm against identity: a clear difference" in projection
 
 
 def test_a_page_without_markers_is_refused():

@@ -1,9 +1,9 @@
 """What residual blocks are for: four experiments on real images, with fused blocks and with reference blocks.
 
 Degradation of deep plain networks, the gradient's direct path, identity initialisation, and forms of shortcuts. Each
-writes its numbers as JSON and a figure. On a CPU the long trainings run on plain PyTorch operators, and the kernels, in
-Triton's interpreter, are compared with the reference over shorter whole trainings; on a GPU everything runs on the
-kernels.
+writes its numbers as JSON and a figure; a last figure shows that fused and reference blocks train the same way. On a
+CPU the long trainings run on plain PyTorch operators, and the kernels, in Triton's interpreter, are compared with the
+reference over shorter whole trainings; on a GPU everything runs on the kernels.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def run(args: argparse.Namespace) -> int:
     Raises: UsageError, with nothing run, where a file could not be written or the images cannot be had.
     """
     names = args.experiment or list(EXPERIMENTS)
-    for path in [args.output / f"{name}.{kind}" for name in names for kind in ("json", "png")]:
-        output_file(path)
+    files = [f"{name}.{kind}" for name in names for kind in ("json", "png")]
+    for file in (*files, f"{agreement.SAME_TRAINING}.png"):
+        output_file(args.output / file)
     if args.write_page:
         output_file(page.PAGE)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     session = Session(Source(args.data, args.image_size), size, args.seeds, args.processes, device, Console())
     with one_thread():
         within = [run_one(name, session, args.output) for name in names]
+    figure = agreement.draw(records.read_all(args.output, EXPERIMENTS), args.output)
+    session.console.print(f"wrote {figure}", soft_wrap=True)
     if args.write_page:
         session.console.print(f"wrote {page.write(EXPERIMENTS, args.output)}")
     return 0 if all(within) else 1

@@ -8,27 +8,32 @@ but its order. And it is held against the reference run that parted the same way
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 import torch
 from images import Images
 from torch import nn
 
 import resfused
+from science import figures
 from science.records import Content, rounded
 from science.session import INTERPRETED, KERNELS, SHORT, Session, Source, placed
 from science.training import Curve, Recipe, as_it_is, reordered, train
 
 Make = Callable[[Images], nn.Module]
+SAME_TRAINING = "same_training"
 
 # Runs of the reference with shuffled batches, beside the one in the order that the fused run takes; and where a
 # training is long.
 SHUFFLED_RUNS, SHUFFLED_LONG_RUNS = 16, 4
 DTYPES = (torch.float64, torch.float32)
 # A whole training that Triton's interpreter gets through.
-QUICK = Recipe(1, 4, 0.1, warm_up=4, steps=24)
+QUICK = Recipe(1, 4, 0.1, warm_up=4, steps=16)
 TINY = replace(QUICK, batch_size=2, steps=2)
 
 
@@ -159,3 +164,47 @@ def title(records: list[Content]) -> str:
     where = records[0]["kernels"]
     note = "" if where == KERNELS else " (whose time says nothing about their speed)"
     return f"Differences of the loss over a whole training, fused blocks on {where}{note}"
+
+
+def draw(by_experiment: Mapping[str, Content], folder: Path) -> Path:
+    """Every training that was compared: how far runs have come apart, step by step, a panel a network."""
+    runs = [(name, run) for name, content in by_experiment.items() for run in content["agreements"]]
+    networks = list(dict.fromkeys((name, run["network"]) for name, run in runs))
+    within = sum(run["within"] for _, run in runs)
+    title = (
+        f"{within} of {len(runs)} fused trainings stay as near to a reference training as such trainings stay to "
+        "each other"
+    )
+    columns = min(4, len(networks))
+    rows = -(-len(networks) // columns)
+    figure, axes = figures.panels(rows, columns, 3.4 * columns, 3.4 * rows + 0.4, title, sharey=True)
+    for panel, (name, network) in zip(axes.flat, networks, strict=False):
+        for of, run in runs:
+            if (of, run["network"]) == (name, network):
+                _draw_run(panel, run)
+        panel.set_yscale("log")
+        panel.set_ylim(1e-17, 1)
+        panel.set_title(f"{name.replace('_', ' ')}:\n{network}")
+        panel.set_xlabel("training step")
+    for row in axes:
+        row[0].set_ylabel("largest difference of the loss so far")
+    for panel in axes.flat[len(networks) :]:
+        panel.axis("off")
+    return figures.save(figure, folder, SAME_TRAINING)
+
+
+def _draw_run(axes: Any, run: Content) -> None:
+    """Of one network in one precision."""
+    colour = figures.VERMILION if run["dtype"] == "float32" else figures.BLUE
+    steps = range(1, len(run["fused"]) + 1)
+    # Where two runs are equal to the bit there is nothing to draw on a logarithmic axis.
+    spread, nearest = ([value or math.nan for value in run[key]] for key in ("spread", "nearest"))
+    axes.plot(steps, spread, color=colour, alpha=0.3, linewidth=4, solid_capstyle="round")
+    axes.plot(steps, nearest, color=colour, linewidth=1.3)
+    texts = (run["spread"], f"{run['dtype']}: reference runs in other orders", 5, "bottom"), (
+        run["nearest"], "fused", -5, "top",
+    )  # fmt: skip
+    for line, text, shift, side in texts:
+        if line[-1]:
+            axes.annotate(text, (steps[-1], line[-1]), xytext=(0, shift), textcoords="offset points", color=colour,
+                          ha="right", va=side, fontsize=8.5)  # fmt: skip

@@ -47,7 +47,7 @@ class Settings:
 
 SETTINGS = {
     SHORT: Settings((8, 14), (8, 8, 8), Recipe(1, 128, 0.1, steps=4), 2, TINY),
-    DEFAULT: Settings((20, 56), (8, 16, 32), Recipe(30, 64, 0.1), 3, QUICK),
+    DEFAULT: Settings((20, 56), (8, 16, 32), Recipe(20, 64, 0.1), 3, QUICK),
     FULL: Settings((20, 56), (16, 32, 64), Recipe(160, 128, 0.1), 5, replace(QUICK, steps=40)),
 }
 
@@ -205,18 +205,19 @@ def draw(content: Content, folder: Path) -> Path:
     shallow, deep = content["settings"]["depths"]
     plain, residual = (mean(final_errors(content, f"{kind}-{deep}")) for kind in KINDS)
     title = f"{deep} layers: a plain network ends at {plain:.1%} training error, a residual one at {residual:.2%}"
-    figure, axes = figures.panels(1, 3, 13, 4.4, title, width_ratios=(1, 1, 0.95))
-    for panel, kind in zip(axes[0], KINDS, strict=False):
-        for depth, colour, shift in ((shallow, figures.BLUE, -7), (deep, figures.VERMILION, 7)):
+    figure, axes = figures.panels(1, 2, 11, 4.4, title)
+    for panel, kind in zip(axes[0], KINDS, strict=True):
+        labels = []
+        for depth, colour in ((shallow, figures.BLUE), (deep, figures.VERMILION)):
             runs = [r for r in content["runs"] if (r["network"], r["variant"]) == (f"{kind}-{depth}", FUSED)]
             percent = [[100 * error for error in run["errors"]] for run in runs]
             steps = [runs[0]["steps_per_epoch"] * (epoch + 1) for epoch in range(len(percent[0]))]
             figures.with_spread(panel, steps, percent, colour)
             end = mean(curve[-1] for curve in percent)
-            figures.label(panel, steps[-1], end, f"{depth} layers: {end:.2f} %", colour, xytext=(4, shift))
+            labels.append((end, f"{depth} layers: {end:.2f} %", colour))
         panel.set_title(f"{kind} networks, {len(content['settings']['seeds'])} seeds")
         panel.set_xlabel("training step")
         panel.set_ylabel("training error, %")
         panel.set_ylim(-4, 95)
-    figures.draw_agreement(axes[0][2], content["agreements"])
+        figures.label_ends(panel, steps[-1], labels)
     return figures.save(figure, folder, NAME)

@@ -12,8 +12,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from science.records import Content
-
 # Okabe and Ito, "Color Universal Design", 2008.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666"
@@ -56,10 +54,27 @@ def with_spread(
     axes.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.2, linewidth=0)
 
 
-def label(axes: Any, x: float, y: float, text: str, colour: str, **options: Any) -> None:
-    """``text`` beside a point of a curve, in its colour."""
-    options = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", **options}
-    axes.annotate(text, (x, y), color=colour, annotation_clip=False, **options)
+def label_ends(axes: Any, x: float, labels: Sequence[tuple[float, str, str]]) -> None:
+    """(y, text, colour) of curves that end at ``x``: each beside its end, apart from each other, within the axes.
+
+    The axes' limits and scale must have been set.
+    """
+    left, _ = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if left <= tick <= x]
+    axes.figure.draw_without_rendering()
+    texts = [axes.annotate(text, (x, y), xytext=(5, 0), textcoords="offset points", color=colour, va="center")
+             for y, text, colour in sorted(labels)]  # fmt: skip
+    extents = [text.get_window_extent() for text in texts]
+    points = 72 / axes.figure.dpi
+    lowest = -float("inf")
+    for text, extent in zip(texts, extents, strict=True):
+        raised = max(0.0, lowest - extent.y0)
+        text.xyann = (5, raised * points)
+        lowest = extent.y1 + raised
+    # So much of the width is theirs.
+    share = (max(extent.width for extent in extents) + 16 / points) / axes.get_window_extent().width
+    axes.set_xlim(left, left + (x - left) / (1 - share))
+    axes.set_xticks(ticks)
 
 
 def save(figure: Any, folder: Path, name: str) -> Path:
@@ -68,25 +83,3 @@ def save(figure: Any, folder: Path, name: str) -> Path:
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return path
-
-
-def draw_agreement(axes: Any, agreements: Sequence[Content]) -> None:
-    """How far the fused runs and the reference's own runs have come apart, step by step, in both precisions."""
-    for dtype, colour in (("float32", VERMILION), ("float64", BLUE)):
-        runs = [a for a in agreements if a["dtype"] == dtype]
-        for run in runs:
-            steps = range(1, len(run["fused"]) + 1)
-            # Where two runs are equal to the bit there is nothing to draw on a logarithmic axis.
-            spread, difference = ([value or float("nan") for value in run[key]] for key in ("spread", "nearest"))
-            axes.plot(steps, spread, color=colour, alpha=0.3, linewidth=4, solid_capstyle="round")
-            axes.plot(steps, difference, color=colour, linewidth=1.3)
-        if runs:
-            label(axes, steps[-1], max(run["spread"][-1] for run in runs), dtype, colour)
-    axes.set_yscale("log")
-    axes.set_ylim(1e-17, 1e2)
-    axes.set_title("the same training, fused and reference")
-    axes.set_xlabel("training step")
-    axes.set_ylabel("largest difference of the loss so far")
-    axes.plot([], [], color=GREY, linewidth=1.3, label=f"fused on {agreements[0]['kernels']} - nearest reference run")
-    axes.plot([], [], color=GREY, linewidth=4, alpha=0.3, label="reference - reference, sums in other orders")
-    axes.legend(frameon=False, fontsize=8, loc="upper left")

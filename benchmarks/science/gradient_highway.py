@@ -227,18 +227,17 @@ def draw(content: Content, folder: Path) -> Path:
         f"The gradient on its way through {depths[-1]} layers at initialisation: x {_fold(plain)} without shortcuts, "
         f"x {_fold(residual)} with them"
     )
-    figure, axes = figures.panels(2, len(depths) + 1, 14, 7, title, width_ratios=[*[1] * len(depths), 1.25])
+    figure, axes = figures.panels(2, len(depths), 12, 7, title)
     for row, time in zip(axes, TIMES, strict=True):
-        for panel, depth in zip(row, depths, strict=False):
+        for panel, depth in zip(row, depths, strict=True):
             _draw_profiles(panel, content, depth, time)
         # One scale for a row.
-        limits = [limit for panel in row[:-1] for limit in panel.get_ylim()]
-        for panel in row[:-1]:
+        limits = [limit for panel in row for limit in panel.get_ylim()]
+        for panel in row:
             panel.set_ylim(min(limits), max(limits))
         row[0].set_ylabel("gradient norm / last block's")
-    figures.draw_agreement(axes[0][-1], content["agreements"])
-    axes[1][-1].axis("off")
-    axes[1][-1].legend(*axes[0][0].get_legend_handles_labels(), loc="center", frameon=False)
+    # Where the curves of the shallowest network leave room under the scale of the deepest.
+    axes[0][0].legend(frameon=False, loc="upper left", fontsize=9)
     return figures.save(figure, folder, NAME)
 
 

@@ -214,20 +214,21 @@ def draw(content: Content, folder: Path) -> Path:
     blocks = content["settings"]["blocks"]
     zero = max(value for run in runs_of(content, FUSED, ZERO_INIT) for value in run["stack"])
     title = f"{blocks} blocks with zero last-norm weights differ from relu(x) by {zero:.1g}"
-    figure, axes = figures.panels(1, 3, 13, 4.4, title, width_ratios=(1, 1, 0.95))
-    for panel, path in zip(axes[0], ("each", "stack"), strict=False):
+    figure, axes = figures.panels(1, 2, 11, 4.4, title)
+    for panel, path in zip(axes[0], ("each", "stack"), strict=True):
+        labels = []
         apart = content["settings"]["apart"] if path == "each" else 1
         for weight, colour in zip(weights_of(content)[::-1], figures.SEQUENCE, strict=False):
             curves = [run[path] for run in runs_of(content, FUSED, weight)]
             numbers = range(1, 1 + apart * len(curves[0]), apart)
             figures.with_spread(panel, numbers, curves, colour, marker="o" if path == "each" else None, markersize=4)
             text = f"weight {weight:g}" if isinstance(weight, float) else "weight 0"
-            figures.label(panel, numbers[-1], curves[0][-1], text, colour)
+            labels.append((curves[0][-1], text, colour))
         # Zeros have their place on this axis, below the smallest weight's.
         panel.set_yscale("symlog", linthresh=1e-3)
         panel.set_ylim(-3e-4, None)
+        figures.label_ends(panel, numbers[-1], labels)
         panel.set_title("single blocks, each on the same x" if path == "each" else "a stack, up to each block")
         panel.set_xlabel("block")
         panel.set_ylabel(f"||{'block' if path == 'each' else 'stack'}(x) - relu(x)|| / ||x||")
-    figures.draw_agreement(axes[0][2], content["agreements"])
     return figures.save(figure, folder, NAME)

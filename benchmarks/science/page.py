@@ -19,7 +19,7 @@ def write(experiments: Mapping[str, Any], folder: Path, path: Path = PAGE) -> Pa
     The wall times stay unless all are there.
     """
     text = path.read_text()
-    found = {name: records.read(folder, name) for name in experiments if (folder / f"{name}.json").exists()}
+    found = records.read_all(folder, experiments)
     for name, content in found.items():
         text = between(text, name, _story(experiments[name], content))
     if len(found) == len(experiments):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ def write(folder: Path, name: str, content: Content) -> Path:
 def read(folder: Path, name: str) -> Content:
     content: Content = json.loads((folder / f"{name}.json").read_text())
     return content
+
+
+def read_all(folder: Path, names: Iterable[str]) -> dict[str, Content]:
+    """Those of ``names`` that are there."""
+    return {name: read(folder, name) for name in names if (folder / f"{name}.json").exists()}
 
 
 def rounded(values: list[float], digits: int = 5) -> list[float]:

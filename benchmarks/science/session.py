@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from images import Images, load_images
+from interpreter import keep_patches
 from progress import Progress
 from rich.console import Console
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class Session:
                     progress.advance()
                 return found
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(self.processes, context, _one_thread) as pool:
+            with ProcessPoolExecutor(self.processes, context, _begin_worker) as pool:
                 futures = [pool.submit(work, job) for job in jobs]
                 for _ in as_completed(futures):
                     progress.advance()
@@ -104,7 +105,7 @@ def placed(network: Network, device: torch.device, dtype: torch.dtype) -> Networ
 def one_thread() -> Iterator[None]:
     """Of PyTorch's on the CPU: networks this small gain nothing from more."""
     before = torch.get_num_threads()
-    _one_thread()
+    torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -115,5 +116,6 @@ def _as_it_is(image: Tensor) -> Tensor:
     return image
 
 
-def _one_thread(*_: Any) -> None:
+def _begin_worker() -> None:
     torch.set_num_threads(1)
+    keep_patches()
