@@ -62,7 +62,7 @@ setup(
     extras_require={
         "test": test,
         "bench": bench,
-        "dev": [*test, "ruff>=0.12", "mypy>=1.15", "pre-commit>=4", "build>=1.2", "twine>=6.1"],
+        "dev": [*test, "ruff>=0.12", "mypy>=1.15", "pre-commit>=4", "import-linter>=2.3", "build>=1.2", "twine>=6.1"],
     },
     classifiers=[
         "Environment :: GPU :: NVIDIA CUDA",

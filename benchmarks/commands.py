@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from arguments import (
+from console.arguments import (
     Parser,
     json_file,
     one_of,
@@ -22,8 +22,8 @@ from arguments import (
     positive_float,
     positive_int,
 )
-from nodes import FORMS
-from nodes import NETWORKS as NODES
+from workloads.nodes import FORMS
+from workloads.nodes import NETWORKS as NODES
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 LAYOUTS = ("channels_last", "contiguous")
@@ -229,14 +229,14 @@ def _json(p: Parser) -> None:
 
 
 COMMANDS = {
-    "nodes": Command("node_timing", _nodes, measures=True),
-    "networks": Command("network_timing", _networks, measures=True),
-    "profile": Command("kernel_profile", _profile, measures=True),
-    "tune": Command("tuning", _tune),
-    "report": Command("report", _report),
-    "science": Command("science", _science),
-    "traffic": Command("traffic", _traffic),
-    "audit": Command("audit", _audit),
-    "host": Command("host", _host),
-    "coverage": Command("fused_networks", _coverage),
+    "nodes": Command("measure.node_timing", _nodes, measures=True),
+    "networks": Command("measure.network_timing", _networks, measures=True),
+    "profile": Command("measure.kernel_profile", _profile, measures=True),
+    "tune": Command("tuning.command", _tune),
+    "report": Command("report.command", _report),
+    "science": Command("science.command", _science),
+    "traffic": Command("count.traffic", _traffic),
+    "audit": Command("count.audit", _audit),
+    "host": Command("count.host", _host),
+    "coverage": Command("count.coverage", _coverage),
 }

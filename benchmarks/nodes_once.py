@@ -6,7 +6,7 @@ import json
 import sys
 
 import torch
-from problems import DTYPES, problem
+from workloads.problems import DTYPES, problem
 
 from resfused import functional
 

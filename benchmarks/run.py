@@ -14,7 +14,7 @@ from importlib import import_module
 from types import ModuleType
 
 import commands
-from arguments import UsageError
+from console.arguments import UsageError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _prepare() -> None:
     import torch
-    from interpreter import keep_patches
+    from workloads.interpreter import keep_patches
 
     if not sys.stdout.isatty():
         # A log file has more room than a terminal.
@@ -56,15 +56,15 @@ def _standard(args: argparse.Namespace) -> int:
     import torch
 
     if torch.cuda.is_available():
-        return _measure(import_module("standard"), args)
-    return int(import_module("without_gpu").run(args))
+        return _measure(import_module("measure.standard"), args)
+    return int(import_module("report.without_gpu").run(args))
 
 
 def _measure(module: ModuleType, args: argparse.Namespace) -> int:
     """Measures, and shows the whole result file; 0, or 1 where ours was wrong or could not run."""
-    import measuring
-    import report
-    from results import load
+    from measure import measuring
+    from record.results import load
+    from report import command as report
 
     m = measuring.begin(args)
     module.measure(args, m)

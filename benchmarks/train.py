@@ -14,9 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import checkpoints
 import torch
-from arguments import (
+from console.arguments import (
     Parser,
     UsageError,
     count,
@@ -27,15 +26,16 @@ from arguments import (
     positive_int,
     write_json,
 )
-from environment import environment
-from images import DIGITS, DataError, Images, importing, load_images
-from interpreter import keep_patches
-from networks import cifar_resnet
-from processes import Interrupt, Processes, launched
+from record.environment import environment
 from rich.console import Console
 from torch import nn
-from trainer import AMP, DTYPES, INTERRUPTED, Trainer
-from zoo import torchvision
+from training import checkpoints
+from training.images import DIGITS, DataError, Images, importing, load_images
+from training.processes import Interrupt, Processes, launched
+from training.trainer import AMP, DTYPES, INTERRUPTED, Trainer
+from workloads.interpreter import keep_patches
+from workloads.networks import cifar_resnet
+from workloads.zoo import torchvision
 
 import resfused
 

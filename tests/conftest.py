@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from interpreter import keep_patches
+from workloads.interpreter import keep_patches
 
 keep_patches()
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from images import Images
 from torch import nn
+from training.images import Images
 
 import resfused
 from science import figures

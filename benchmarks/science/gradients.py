@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from networks import PlainBlock
 from torch import Tensor, nn
+from workloads.networks import PlainBlock
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from environment import environment
+from record.environment import environment
 
 Content = dict[str, Any]
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from images import Images, load_images
-from interpreter import keep_patches
-from progress import Progress
+from console.progress import Progress
 from rich.console import Console
 from torch import Tensor, nn
+from training.images import Images, load_images
+from workloads.interpreter import keep_patches
 
 import resfused
 

@@ -9,8 +9,8 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
-from images import DataError, Images
 from torch import Tensor, nn
+from training.images import DataError, Images
 
 Order = Callable[[Tensor], Tensor]
 

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from offline import compiling_for
+from count.offline import compiling_for
 from resfused.kernels.gpu import launch_table
 
 from tuning.directions import Case

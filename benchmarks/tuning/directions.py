@@ -8,15 +8,15 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-import timing
 import torch
-from gate import FACTOR, LEAST, relative_error
-from nodes import NORM_ADD_NORM_RELU, NORM_ADD_RELU, NORM_RELU, Node
-from problems import DTYPES, LAYOUTS, Problem, problem
+from measure import timing
 from resfused.kernels import gpu
 from resfused.kernels.geometry import Geometry, geometry
 from resfused.kernels.gpu import launch_table
 from torch import Tensor
+from workloads.gate import FACTOR, LEAST, relative_error
+from workloads.nodes import NORM_ADD_NORM_RELU, NORM_ADD_RELU, NORM_RELU, Node
+from workloads.problems import DTYPES, LAYOUTS, Problem, problem
 
 from resfused import reference
 

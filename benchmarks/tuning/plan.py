@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nodes import FORMS, Node
 from resfused.kernels.gpu import launch_file
+from workloads.nodes import FORMS, Node
 
 from tuning.directions import Case
 from tuning.places import NUMBERS, SWITCHES, Number, OneLaunchLimit, Switch

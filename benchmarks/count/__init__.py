@@ -1,0 +1,1 @@
+"""What counts without timing: traffic, machine code, host time, coverage."""

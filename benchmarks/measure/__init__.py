@@ -1,0 +1,1 @@
+"""What times something: kernels, nodes, networks."""

@@ -1,0 +1,1 @@
+"""The result file, and the environment that it names."""

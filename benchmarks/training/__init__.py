@@ -1,0 +1,1 @@
+"""The training loop of train.py and of science: data, checkpoints, processes."""

@@ -1,0 +1,142 @@
+"""The correctness gate: nothing is timed before the kernels have been compared with PyTorch in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import cycle, product
+from typing import NamedTuple
+
+import torch
+from console.progress import track
+from resfused.kernels.gpu import launch_table
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from resfused import backend_for, functional, reference
+from workloads.nodes import FORMS
+from workloads.problems import DTYPES, LAYOUTS, Problem, Shape, problem
+
+# Of eager's own error. Where eager rounds as rarely as we do, the least limit decides.
+FACTOR = 2.0
+LEAST = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
+# Of another library it is asked whether it computes the same function, in a precision that is its own affair.
+LEAST_OF_OTHERS = {dtype: 10 * least for dtype, least in LEAST.items()}
+# (N, C, H, W): each has a ragged tile in some axis; together they fit the interpreter in seconds.
+SHAPES: tuple[Shape, ...] = ((4, 64, 8, 8), (2, 130, 7, 7))
+SMALL_SHAPES: tuple[Shape, ...] = (SHAPES[0], (2, 130, 3, 3), (3, 24, 5, 3))
+# The last whatever the launch table says; the others as it says.
+EVAL, TRAINING, ONE_LAUNCH = MODES = ("eval", "training", "training, one launch")
+
+
+class Case(NamedTuple):
+    form: str
+    layout: str
+    dtype: torch.dtype
+    mode: str
+    shape: Shape
+
+
+def every_case(dtypes: Sequence[torch.dtype]) -> list[Case]:
+    """As the launch table says that they are launched."""
+    return list(map(Case._make, product(FORMS, LAYOUTS, dtypes, (TRAINING, EVAL), SHAPES)))
+
+
+def covering_cases() -> list[Case]:
+    """Every form, mode, layout and dtype together, small shapes in turn: of any two of these, each value meets each."""
+    cases = zip(product(FORMS, MODES, LAYOUTS, DTYPES.values()), cycle(SMALL_SHAPES), strict=False)
+    return [Case(form, layout, dtype, mode, shape) for (form, mode, layout, dtype), shape in cases]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of one node that comes nearest to its limit: ||ours - exact|| / ||exact||, and eager's."""
+
+    form: str
+    layout: str
+    dtype: str
+    shape: tuple[int, ...]
+    mode: str
+    worst: str
+    error: float
+    eager_error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return (
+            f"{self.form}, {self.dtype} {self.layout}, {shape}, {self.mode}: {self.worst} is off by {self.error:.1e}, "
+            f"over {self.limit:.1e}"
+        )
+
+
+def judge(p: Problem, layout: str, library: object = functional) -> Verdict:
+    """A library, ours or another, and eager against float64 on the same inputs: output, gradients, running statistics.
+
+    Raises: RuntimeError where ours would not run the kernels.
+    """
+    x = p.activations[0]
+    if library is functional and backend_for(x) != "triton":
+        raise RuntimeError(f"the gate judges the kernels, and a tensor on {x.device} does not take them")
+    exact = p.copy(torch.float64).results(reference)
+    ours, eager = p.copy().results(library), p.copy().results(reference)
+    least = LEAST if library is functional else LEAST_OF_OTHERS
+
+    def verdict(name: str) -> Verdict:
+        eager_error = relative_error(eager[name], exact[name])
+        limit = max(FACTOR * eager_error, least[x.dtype])
+        dtype = str(x.dtype).removeprefix("torch.")
+        error = relative_error(ours[name], exact[name])
+        mode = TRAINING if p.training else EVAL
+        return Verdict(p.form, layout, dtype, tuple(x.shape), mode, name, error, eager_error, limit)
+
+    return max(map(verdict, exact), key=lambda v: v.error / v.limit)
+
+
+def run_gate(device: torch.device, cases: Sequence[Case], console: Console) -> list[Verdict]:
+    """A verdict for every case, printed as a table, and a line for each that is wrong."""
+    torch.manual_seed(0)
+    verdicts = [_verdict(case, device) for case in track(cases, "Correctness", console)]
+    console.print(_table(verdicts))
+    for v in verdicts:
+        if not v.passed:
+            console.print(f"[red]WRONG[/]: {v}", soft_wrap=True, highlight=False)
+    return verdicts
+
+
+def _verdict(case: Case, device: torch.device) -> Verdict:
+    p = problem(case.form, case.shape, case.dtype, case.layout, device, case.mode != EVAL)
+    one_launch = launch_table.using(ONE_LAUNCH_ELEMENTS=launch_table.EVERY_NODE)
+    with one_launch if case.mode == ONE_LAUNCH else nullcontext():
+        return replace(judge(p, case.layout), mode=case.mode)
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Infinite for NaN: nothing wrong may compare as small."""
+    error = float((actual.double() - exact).norm() / exact.norm())
+    return error if error == error else float("inf")
+
+
+def _table(verdicts: list[Verdict]) -> Table:
+    """Of each form and dtype how many are right, and the errors of the one that is nearest to its limit."""
+    table = Table(title="Correctness: relative errors against float64, the nearest to its limit")
+    for header in ("form", "dtype"):
+        table.add_column(header, no_wrap=True)
+    for header in ("right", "ours", "eager", "limit"):
+        table.add_column(header, justify="right", no_wrap=True)
+    groups: dict[tuple[str, str], list[Verdict]] = {}
+    for v in verdicts:
+        groups.setdefault((v.form, v.dtype), []).append(v)
+    for names, group in groups.items():
+        right = sum(v.passed for v in group)
+        nearest = max(group, key=lambda v: v.error / v.limit)
+        colour = "green" if right == len(group) else "red"
+        errors = (nearest.error, nearest.eager_error, nearest.limit)
+        table.add_row(*names, f"[{colour}]{right} of {len(group)}", *(f"{error:.1e}" for error in errors))
+    return table

@@ -1,0 +1,131 @@
+"""Networks as their libraries write them, by name, with random weights; nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from workloads.networks import cifar_resnet
+
+Shape = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """``shape``: of a small input, of which each channel of the last stage still has 8 values or more."""
+
+    make: Callable[[], nn.Module]
+    shape: Shape = (2, 3, 64, 64)
+
+
+def build(name: str) -> nn.Module:
+    """The network ``name`` of ``NETWORKS`` or ``SMALL``, in training mode.
+
+    Weights and biases of its norms are random too: timm's start a block's last norm at 0, which would hide its branch.
+
+    Raises: ModuleNotFoundError where its library is not installed, KeyError for an unknown name.
+    """
+    network = entry(name).make()
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return network.train()
+
+
+def entry(name: str) -> Entry:
+    return SMALL[name] if name in SMALL else NETWORKS[name]
+
+
+def logits_of(output: Tensor | object) -> Tensor:
+    """What a network returns; transformers' return an object that has it."""
+    return output if isinstance(output, Tensor) else output.logits  # type: ignore[attr-defined]
+
+
+def torchvision() -> ModuleType:
+    """Its wheel fails to import beside a torch of another build, such as one for CPUs only: its own operators, of which
+    no network here has any, are not there then, and their fake implementations cannot be registered."""
+    try:
+        return import_module("torchvision")
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    with mock.patch.object(torch.library, "register_fake", _register_nothing):
+        return import_module("torchvision")
+
+
+def _register_nothing(operator: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return lambda function: function
+
+
+def _torchvision(name: str) -> Entry:
+    return Entry(lambda: torchvision().models.get_model(name, weights=None))
+
+
+def _small_torchvision(block: str, width: int) -> Entry:
+    """Its first two stages, of one block and two. ``width``: of a bottleneck's middle, where ResNet-50 has 64."""
+
+    def make() -> nn.Module:
+        resnet = torchvision().models.resnet
+        network = resnet.ResNet(getattr(resnet, block), [1, 2, 1, 1], width_per_group=width)
+        network.layer3 = network.layer4 = nn.Identity()
+        network.fc = nn.Linear(network.fc.in_features // 4, 10)
+        return network
+
+    return Entry(make, (4, 3, 16, 16))
+
+
+def _timm(name: str, **settings: Any) -> Entry:
+    def make() -> nn.Module:
+        torchvision()
+        return import_module("timm").create_model(name, **settings)
+
+    return Entry(make)
+
+
+def _transformers(**settings: Any) -> Entry:
+    def make() -> nn.Module:
+        transformers = import_module("transformers")
+        return transformers.ResNetForImageClassification(transformers.ResNetConfig(**settings))
+
+    return Entry(make)
+
+
+def _cifar(depth: int, shape: Shape = (2, 3, 32, 32)) -> Entry:
+    return Entry(lambda: cifar_resnet(depth), shape)
+
+
+NETWORKS: dict[str, Entry] = {
+    **{f"torchvision/{name}": _torchvision(name) for name in (
+        "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2",
+        "regnet_x_400mf", "regnet_y_400mf",
+    )},
+    **{f"timm/{name}": _timm(name) for name in (
+        "resnet18", "resnet50", "resnet50d", "resnet101", "resnext50_32x4d", "seresnet50", "ecaresnet50d",
+        "resnetv2_50",
+    )},
+    "transformers/resnet18": _transformers(
+        layer_type="basic", hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2]
+    ),
+    "transformers/resnet50": _transformers(layer_type="bottleneck"),
+    **{f"cifar/resnet{depth}": _cifar(depth) for depth in (20, 56)},
+}  # fmt: skip
+
+SMALL: dict[str, Entry] = {
+    "small/torchvision_basic": _small_torchvision("BasicBlock", 64),
+    "small/torchvision_bottleneck": _small_torchvision("Bottleneck", 4),
+    "small/timm_attention": _timm("seresnet18", layers=(1, 2, 1, 1), channels=(8, 8, 8, 8), num_classes=10),
+    "small/transformers_basic": _transformers(
+        layer_type="basic", embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], num_labels=10
+    ),
+    "small/cifar_resnet8": _cifar(8, (2, 3, 16, 16)),
+}
+"""Of the same code, small enough for Triton's interpreter."""

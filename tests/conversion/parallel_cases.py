@@ -1,0 +1,126 @@
+"""What each of several processes runs for test_fuse_parallel.py: fused models in PyTorch's data parallelism."""
+
+import copy
+from datetime import timedelta
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from oracle import assert_close, relative_error
+from resfused.kernels import gpu as kernels
+from small_networks import activations, backward, chain, fused_and_eager, state, step
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from workloads.interpreter import keep_patches
+
+import resfused
+
+CPU = torch.device("cpu")
+
+
+def run(rank, processes, store):
+    """Every case in turn; the first that fails raises, and all processes are ended."""
+    keep_patches()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=processes, timeout=timedelta(seconds=60)
+    )
+    try:
+        for case in CASES:
+            case()
+    finally:
+        dist.destroy_process_group()
+
+
+def own(x):
+    """Of each process its own values."""
+    return x + 0.1 * (dist.get_rank() + 1) * x.cos()
+
+
+def averaged(results):
+    """A single process's results, with the gradients of parameters averaged over all."""
+    for name, tensor in results.items():
+        if name.startswith("gradient of ") and name != "gradient of the input":
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
+    return results
+
+
+def counted_step(model, x):
+    """The results of a step, how many fused nodes it had, and how many of them were given two gradients to add."""
+    with (
+        mock.patch.object(kernels, "forward", wraps=kernels.forward) as forwards,
+        mock.patch.object(kernels, "backward", wraps=kernels.backward) as backwards,
+    ):
+        results = step(model, x)
+    return results, forwards.call_count, sum(call.args[1] is not None for call in backwards.call_args_list)
+
+
+def ddp():
+    """Two steps, of which the second begins with the statistics of the first process."""
+    fused, eager = fused_and_eager(chain(), CPU)
+    single = copy.deepcopy(eager)
+    fused, eager = DistributedDataParallel(fused), DistributedDataParallel(eager)
+    x = own(activations(CPU))
+    actual, nodes, pairs = counted_step(fused, x)
+    assert (nodes, pairs) == (4, 1)
+    assert_close(actual, averaged(step(single, x)), 1e-9)
+    assert_close(actual, step(eager, x), 1e-9)
+    assert_close(step(fused, x), step(eager, x), 1e-9)
+
+
+def ddp_accumulates():
+    fused, eager = (
+        DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=True)
+        for model in fused_and_eager(chain(), CPU)
+    )
+    x = own(activations(CPU))
+    for model in (fused, eager):
+        with model.no_sync():
+            backward(model(x))
+        backward(model(x + 1))
+    assert_close(state(fused), state(eager), 1e-9)
+
+
+def ddp_compiled():
+    fused, eager = map(DistributedDataParallel, fused_and_eager(chain(), CPU))
+    x = own(activations(CPU))
+    assert_close(step(torch.compile(fused, backend="aot_eager"), x), step(eager, x), 1e-9)
+
+
+def sharded(fuse_first):
+    """Blocks and the root sharded: fused inside the blocks, which are handed no pairs, as they have FSDP's hooks."""
+    fused, eager = fused_and_eager(chain(), CPU)
+    if not fuse_first:
+        resfused.unfuse_(fused)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (fused.layer1[0], fused.layer2[0], fused):
+        fully_shard(module, mesh=mesh)
+    if not fuse_first:
+        resfused.fuse_(fused)
+    x = own(activations(CPU))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (fused, eager)]
+    for _ in range(2):
+        actual, nodes, pairs = counted_step(fused, x)
+        assert (nodes, pairs) == (4, 0)
+        actual = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in actual.items()}
+        assert_close(actual, averaged(step(eager, x)), 1e-9)
+        for optimizer in optimizers:
+            optimizer.step()
+    fused.eval()
+    eager.eval()
+    with torch.no_grad():
+        assert relative_error(fused(x), eager(x)) < 1e-9
+
+
+def fused_then_sharded():
+    sharded(fuse_first=True)
+
+
+def sharded_then_fused():
+    sharded(fuse_first=False)
+
+
+CASES = (ddp, ddp_accumulates, ddp_compiled, fused_then_sharded, sharded_then_fused)
