@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from count.traffic import BACKWARD, FORKED, FORWARD, eager_passes
+from count.node_passes import BACKWARD, FORKED, FORWARD, eager_passes
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 

@@ -21,6 +21,7 @@ from resfused import Fused, functional, reference
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 nodes = importlib.import_module("workloads.nodes")
 recorder = importlib.import_module("count.recorder")
+node_passes = importlib.import_module("count.node_passes")
 traffic = importlib.import_module("count.traffic")
 
 pytestmark = pytest.mark.interpreter
@@ -110,74 +111,74 @@ def test_kernels_that_are_not_interpreted_are_an_error(monkeypatch: pytest.Monke
 )
 def test_passes_of_eager(form: str, forward: int, backward: int, eval: int) -> None:
     expected = [forward, backward, backward + 3, eval]
-    assert [traffic.eager_passes(form, phase) for phase in traffic.PHASES] == expected
+    assert [node_passes.eager_passes(form, phase) for phase in node_passes.PHASES] == expected
 
 
-@pytest.mark.parametrize("layout", traffic.LAYOUTS)
+@pytest.mark.parametrize("layout", node_passes.LAYOUTS)
 @pytest.mark.parametrize(
     ("form", "way", "forward", "backward", "forked"),
     [
-        (nodes.NORM_RELU, traffic.SEPARATE, 3, 5, 7),
-        (nodes.NORM_ADD_RELU, traffic.SEPARATE, 4.0625, 6.125, 7.125),
-        (nodes.NORM_ADD_NORM_RELU, traffic.SEPARATE, 5.0625, 8.2, 10.2),
-        (nodes.NORM_RELU, traffic.ONE_LAUNCH, 2, 3, 4),
-        (nodes.NORM_ADD_RELU, traffic.ONE_LAUNCH, 3.0625, 4.0625, 5.0625),
-        (nodes.NORM_ADD_NORM_RELU, traffic.ONE_LAUNCH, 3.0625, 5.0625, 6.0625),
+        (nodes.NORM_RELU, node_passes.SEPARATE, 3, 5, 7),
+        (nodes.NORM_ADD_RELU, node_passes.SEPARATE, 4.0625, 6.125, 7.125),
+        (nodes.NORM_ADD_NORM_RELU, node_passes.SEPARATE, 5.0625, 8.2, 10.2),
+        (nodes.NORM_RELU, node_passes.ONE_LAUNCH, 2, 3, 4),
+        (nodes.NORM_ADD_RELU, node_passes.ONE_LAUNCH, 3.0625, 4.0625, 5.0625),
+        (nodes.NORM_ADD_NORM_RELU, node_passes.ONE_LAUNCH, 3.0625, 5.0625, 6.0625),
     ],
 )
 def test_passes_of_our_launches(
     form: str, way: str, forward: float, backward: float, forked: float, layout: str
 ) -> None:
     node = traffic.node_traffic(form, way, layout, HALF, (2, 24, 8, 12))
-    assert node.activation(traffic.FORWARD) <= forward
-    assert node.activation(traffic.BACKWARD) <= backward
-    assert node.activation(traffic.FORKED) <= forked
-    assert node.activation(traffic.EVAL) == (2 if form == nodes.NORM_RELU else 3)
-    most = 3 if way == traffic.SEPARATE else 1
+    assert node.activation(node_passes.FORWARD) <= forward
+    assert node.activation(node_passes.BACKWARD) <= backward
+    assert node.activation(node_passes.FORKED) <= forked
+    assert node.activation(node_passes.EVAL) == (2 if form == nodes.NORM_RELU else 3)
+    most = 3 if way == node_passes.SEPARATE else 1
     assert [len(launches) for launches in node.launches.values()] == [most, most, most, 1]
 
 
 @pytest.mark.parametrize("form", nodes.FORMS)
 @pytest.mark.parametrize("forked", [False, True])
 def test_fuse_reports_the_passes_that_are_counted(form: str, forked: bool) -> None:
-    node = traffic.node_traffic(form, traffic.SEPARATE, "channels_last", HALF, (2, 24, 8, 12))
-    phases = traffic.FORWARD, traffic.FORKED if forked else traffic.BACKWARD
+    node = traffic.node_traffic(form, node_passes.SEPARATE, "channels_last", HALF, (2, 24, 8, 12))
+    phases = node_passes.FORWARD, node_passes.FORKED if forked else node_passes.BACKWARD
     saved = sum(node.eager[phase] - node.activation(phase) for phase in phases)
     assert Fused("", form, (), forked, in_training=True).passes_saved == saved
 
 
-@pytest.mark.parametrize("layout", traffic.LAYOUTS)
+@pytest.mark.parametrize("layout", node_passes.LAYOUTS)
 def test_channels_that_are_no_multiple_of_eight(layout: str) -> None:
     for form, forward, backward in zip(nodes.FORMS, (3, 4.0625, 5.0625), (5, 6.125, 8.2), strict=True):
-        node = traffic.node_traffic(form, traffic.SEPARATE, layout, HALF, (2, 13, 7, 7))
-        assert node.activation(traffic.FORWARD) <= forward + 0.5
-        assert node.activation(traffic.BACKWARD) <= backward + 0.5
+        node = traffic.node_traffic(form, node_passes.SEPARATE, layout, HALF, (2, 13, 7, 7))
+        assert node.activation(node_passes.FORWARD) <= forward + 0.5
+        assert node.activation(node_passes.BACKWARD) <= backward + 0.5
 
 
-@pytest.mark.parametrize("layout", traffic.LAYOUTS)
+@pytest.mark.parametrize("layout", node_passes.LAYOUTS)
 @pytest.mark.parametrize("form", nodes.FORMS)
 def test_nothing_but_launches_moves_an_activation(form: str, layout: str) -> None:
     shape = (2, 24, 8, 12)
-    activations = traffic._activations(layout, HALF, shape, True, 3)
+    activations = node_passes._activations(layout, HALF, shape, True, 3)
     with recorder.record(execute=False), torch.profiler.profile(record_shapes=True) as profile:
-        y, inputs = traffic._forward(functional, form, True, activations[:2])
+        y, inputs = node_passes._forward(functional, form, True, activations[:2])
         torch.autograd.grad(y, inputs, activations[2])
     operators = {e.name for e in profile.events() or () if list(shape) in e.input_shapes and e.name.startswith("aten")}
     assert operators <= {"aten::empty_like", "aten::new_empty", "aten::detach"}
 
 
-@pytest.mark.parametrize("layout", traffic.LAYOUTS)
+@pytest.mark.parametrize("layout", node_passes.LAYOUTS)
 def test_traffic_from_a_reduced_shape_is_that_of_the_shape(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (3, 16, 10, 14)
     whole = [
-        traffic.count_node(nodes.NORM_ADD_RELU, phase, way, layout, HALF, shape)
-        for way, phase in product(traffic.WAYS, traffic.PHASES)
+        node_passes.count_node(nodes.NORM_ADD_RELU, phase, way, layout, HALF, shape)
+        for way, phase in product(node_passes.WAYS, node_passes.PHASES)
     ]
-    monkeypatch.setattr(traffic, "COUNTED_ELEMENTS", 1000)
-    assert traffic.reduced(shape, layout) != shape
+    monkeypatch.setattr(node_passes, "COUNTED_ELEMENTS", 1000)
+    assert node_passes.reduced(shape, layout) != shape
     small = [
-        traffic.count_node(nodes.NORM_ADD_RELU, phase, way, layout, HALF, shape)
-        for way, phase in product(traffic.WAYS, traffic.PHASES)
+        node_passes.count_node(nodes.NORM_ADD_RELU, phase, way, layout, HALF, shape)
+        for way, phase in product(node_passes.WAYS, node_passes.PHASES)
     ]
     assert small == whole
 
@@ -187,8 +188,8 @@ def test_partial_results_have_the_size_of_the_real_launch() -> None:
     geometry = importlib.import_module("resfused.kernels.geometry").Geometry(True, 1, 256 * 49, 512)
     launch = importlib.import_module("resfused.kernels.gpu.launch_table").streaming("statistics", geometry)
     programs = launch.programs
-    statistics, merge, _ = traffic.count_node(
-        nodes.NORM_RELU, traffic.FORWARD, traffic.SEPARATE, "channels_last", HALF, (256, 512, 7, 7)
+    statistics, merge, _ = node_passes.count_node(
+        nodes.NORM_RELU, node_passes.FORWARD, node_passes.SEPARATE, "channels_last", HALF, (256, 512, 7, 7)
     )
     activation = geometry.values * 512 * 2
     assert statistics.channel_written * activation == pytest.approx(programs * (2 * 512 + launch.channel_blocks) * 4)
@@ -238,7 +239,7 @@ def test_nodes_are_the_norms_of_the_network(network: str, depths: tuple[int, ...
 
 
 def test_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traffic, "COUNTED_ELEMENTS", 512)
+    monkeypatch.setattr(node_passes, "COUNTED_ELEMENTS", 512)
     monkeypatch.setenv("COLUMNS", "150")
     path = tmp_path / "traffic.json"
     arguments = ["--short", "--network", "resnet18", "--layout", "channels_last", "--json", str(path)]
