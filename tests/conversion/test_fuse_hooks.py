@@ -110,6 +110,53 @@ def test_backward_hooks(place, device):
         assert relative_error(actual, expected) < 1e-9
 
 
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("place", ["norm", "convolution that reads a pair"])
+def test_a_lone_backward_hook(kind, place, device):
+    fused, eager = fused_and_eager(chain(), device)
+    x = activations(device)
+    seen = {fused: [], eager: []}
+    for model in (fused, eager):
+        getattr(model.get_submodule(PLACES[place]), kind)(
+            lambda m, *gradients, to=seen[model]: to.extend(gradients[-1])
+        )
+        for relu in (m for m in model.modules() if isinstance(m, nn.ReLU)):
+            relu.inplace = False
+        step(model, x)
+    assert len(seen[fused]) == len(seen[eager]) == 1
+    assert relative_error(seen[fused][0], seen[eager][0]) < 1e-9
+
+
+class Doubles(nn.Module):
+    """To be mixed in: a call that does more than the forward."""
+
+    def __call__(self, *args):
+        return 2 * super().__call__(*args)
+
+
+def doubled(module):
+    """As by module.compile(), whose result is called in place of the forward."""
+    module._compiled_call_impl = lambda *args: 2 * type(module).forward(module, *args)
+
+
+def own_call(module):
+    module.__class__ = type("Own", (Doubles, type(module)), {"forward": type(module).forward})
+
+
+@pytest.mark.parametrize("change", [doubled, own_call])
+@pytest.mark.parametrize("place", ["norm", "norm of the projection", "ReLU", "block that takes a pair"])
+def test_a_call_of_its_own(change, place, device):
+    """A module whose call is more than its forward is called, before fuse_ and after."""
+    fused, eager = fused_and_eager(chain(), device)
+    x = activations(device)
+    for model in (fused, eager):
+        change(model.get_submodule(PLACES[place]))
+    assert_close(step(fused, x), step(eager, x), 1e-9)
+    if change is own_call:
+        resfused.fuse_(fused)
+        assert_close(step(fused, x), step(eager, x), 1e-9)
+
+
 def test_pre_hooks_that_change_the_input(device):
     fused, eager = fused_and_eager(chain(), device)
     x = activations(device)
