@@ -119,6 +119,30 @@ def test_a_failed_call_changes_no_buffer(device):
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["relu", "add+relu"])
+def test_tracking_switched_off_after_construction(residual, device):
+    """In training the buffers stay as they are and the call is not counted; in evaluation they are used."""
+    ours, eager = pair(2, residual, {}, device)
+    step(ours, eager, RANKS[2], residual, device)
+    for norm in (ours, eager):
+        norm.track_running_stats = False
+    step(ours, eager, RANKS[2], residual, device)
+    assert_same_state(ours, eager)
+    assert int(ours.num_batches_tracked) == 1
+    step(ours.eval(), eager.eval(), RANKS[2], residual, device)
+
+
+def test_the_same_norm_twice(device):
+    """Its statistics are updated and its calls counted one after the other, the shortcut's first."""
+    ours, eager = (nn.BatchNorm2d(5, dtype=torch.float64, device=device) for _ in range(2))
+    x, r = torch.randn(2, *RANKS[2], dtype=torch.float64, device=device)
+    y = resfused.tail(ours, x, r, ours)
+    shortcut = eager(r)
+    assert relative_error(y, (eager(x) + shortcut).relu()) < 1e-12
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
 def test_copies(device):
     """deepcopy, pickle and torch.save of the whole module."""
     norm = resfused.BatchNormReLU2d(5, device=device)
