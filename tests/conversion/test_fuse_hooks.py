@@ -1,6 +1,7 @@
 """Fused models under those who look inside or change them: hooks, replaced modules, a second fuse_, unfuse_."""
 
 import copy
+import pickle
 from unittest import mock
 
 import pytest
@@ -155,6 +156,57 @@ def test_a_call_of_its_own(change, place, device):
     if change is own_call:
         resfused.fuse_(fused)
         assert_close(step(fused, x), step(eager, x), 1e-9)
+
+
+@pytest.mark.parametrize("place", ["convolution that reads a pair", "ReLU", "norm of the projection"])
+def test_a_hook_after_unpickling(place, device):
+    """What must stay as it is goes into the file with the code."""
+    fused, eager = fused_and_eager(chain(), device)
+    fused = pickle.loads(pickle.dumps(fused))
+    x = activations(device)
+    assert pairs(fused, x) == 1
+    results = []
+    eager.load_state_dict(fused.state_dict())
+    for model in (fused, eager):
+        seen = Seen()
+        model.get_submodule(PLACES[place]).register_forward_hook(seen)
+        y = model(x.clone().requires_grad_())
+        results.append({"output": y, "asked": torch.autograd.grad(y.square().sum(), seen.kept)[0]})
+    assert_close(*results, 1e-9)
+
+
+class PreActivation(nn.Module):
+    """relu(bn(x)) first: a norm reads what the block is given, the shortcut too."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        return self.conv(torch.relu(self.bn(x))) + x
+
+
+def test_a_hook_on_a_norm_that_reads_a_pair(device):
+    fused, eager = fused_and_eager(nn.Sequential(BasicBlock(4, 4), PreActivation()), device)
+    x = activations(device)
+    assert pairs(fused, x) == 1
+    eager.load_state_dict(fused.state_dict())
+    asked = []
+    for model in (fused, eager):
+        seen = Seen()
+        model[1].bn.register_forward_hook(seen)
+        asked.append(torch.autograd.grad(model(x.clone().requires_grad_()).square().sum(), seen.kept[0]))
+    assert relative_error(asked[0][0], asked[1][0]) < 1e-9
+
+
+def test_fuse_again_with_a_narrower_filter(device):
+    """The modules whose norms it refuses have their own forward again."""
+    fused, eager = fused_and_eager(chain(), device)
+    x = activations(device)
+    report = resfused.fuse_(fused, lambda module, name: name.startswith("layer2"))
+    assert report.norms == ("layer2.0.bn1", "layer2.0.bn2", "layer2.0.downsample.1")
+    assert nodes(fused, x) == 2
+    assert_close(step(fused, x), step(eager, x), 1e-9)
 
 
 def test_pre_hooks_that_change_the_input(device):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from oracle import FORMS, LAYOUTS, STATISTICS, problem, run
+from resfused.kernels import launch_table
 
 import resfused.functional as fused
-from resfused.kernels import launch_table
 
 GUARD = 256
 POISON = {torch.uint8: 0xA5, torch.int32: 0x5A5A5A5A}
