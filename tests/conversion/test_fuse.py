@@ -446,16 +446,34 @@ def test_an_identity_used_twice(device):
     assert not forms(fused_like_plain(model, device))
 
 
-def test_functional_norms_in_different_modes(device):
-    """One takes the statistics of the batch, one those that it has."""
+def frozen_beside_batch(self, x):
+    return functional_norm(self.bn1, self.conv1(x), True), functional_norm(self.bn2, self.conv2(x), False)
+
+
+def broadcast_beside_whole(self, x):
+    return functional_norm(self.bn1, self.conv1(x), True), functional_norm(self.bn2, self.conv2(x)[:, :, :1], True)
+
+
+def module_beside_function(self, x):
+    return functional_norm(self.bn1, self.conv1(x), True), self.b(x)
+
+
+def functional_norm(norm, x, training):
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, 0.2, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("norms", "form"),
+    [(frozen_beside_batch, ADD_NORM), (broadcast_beside_whole, ADD_NORM), (module_beside_function, ADD)],
+)
+def test_two_functional_norms_that_differ(norms, form, device):
+    """In their modes, in their shapes, or one is a module: what one node cannot do, PyTorch does."""
 
     def code(self, x):
-        own, other = self.bn1, self.bn2
-        a = F.batch_norm(self.conv1(x), own.running_mean, own.running_var, own.weight, own.bias, True, 0.2, 1e-3)
-        b = F.batch_norm(self.conv2(x), other.running_mean, other.running_var, other.weight, other.bias, False)
+        a, b = norms(self, x)
         return F.relu(a + b)
 
-    assert forms(fused_like_plain(Parts(code), device)) == [ADD_NORM]
+    assert forms(fused_like_plain(Parts(code), device)) == [form]
 
 
 class Reads(Parts):

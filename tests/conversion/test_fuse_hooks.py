@@ -175,6 +175,55 @@ def test_a_hook_after_unpickling(place, device):
     assert_close(*results, 1e-9)
 
 
+def test_a_number_after_unpickling(device):
+    """One that the code read, changed where the model was loaded."""
+    model = pickle.loads(pickle.dumps(fused_and_eager(nn.Sequential(Scales()), device)[0]))
+    x = activations(device)
+    assert nodes(model, x) == 1
+    model[0].scale = 3
+    assert relative_error(model(x), Scales.forward(model[0], x)) < 1e-12
+
+
+class Scales(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.scale = nn.BatchNorm2d(4), 2
+
+    def forward(self, x):
+        return torch.relu(self.bn(x)) * self.scale
+
+
+class Activation(nn.Module):
+    def forward(self, x):
+        return torch.relu(x)
+
+
+class Shifted(Activation):
+    def forward(self, x):
+        return torch.relu(x + 1)
+
+
+@pytest.mark.parametrize("place", ["1", "2"])
+@pytest.mark.parametrize("how", ["class", "hook", "hook before"])
+def test_inlined_modules(place, how, device):
+    """Whose code became a part of another module's: another class, or a hook on it, is seen."""
+    fused, eager = fused_and_eager(
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sequential(nn.BatchNorm2d(4)), Activation()), device
+    )
+    x = activations(device)
+    assert nodes(fused, x) == 1
+    if how == "hook before":
+        resfused.unfuse_(fused)
+    for model in (fused, eager):
+        if how == "class":
+            setattr(model, place, nn.Sequential(model[1][0], Shifted()) if place == "1" else Shifted())
+        else:
+            model[int(place)].register_forward_hook(lambda module, inputs, output: output + 1)
+    if how == "hook before":
+        resfused.fuse_(fused)
+    assert_close(step(fused, x), step(eager, x), 1e-9)
+
+
 class PreActivation(nn.Module):
     """relu(bn(x)) first: a norm reads what the block is given, the shortcut too."""
 
