@@ -1,4 +1,4 @@
-"""Breaks the library on purpose, a fault at a time, and runs the tests that should see it: a survivor is a missing test.
+"""Breaks the library, a fault at a time, and runs the tests that should see it: a survivor is a missing test.
 
 ``python tests/faults.py [NAME ...] [--jobs N] [--check] [--list]``: NAME is a fault of fault_list.py, or a part of its
 name or file. Each fault is put into a copy of the tree. ``--check`` first runs the same tests on a copy without faults.
