@@ -29,7 +29,7 @@ HOOKS = "test_fuse_hooks.py"
 # fmt: off
 BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("tile.py", LOOPS): {
-        "count of lanes beyond the last tile": "«& (tile < tiles)→»).to",
+        "count of lanes beyond the last tile": "« & (tile < walk.tiles)→»).to",
         "M2 with the old mean twice": "m2 += delta * «tl.where(inside, value - mean, 0)→delta»",
         "lanes' means not shared": "    mean += delta« * share→»\n",
         "lanes' M2 without their counts": "deviation * deviation« * share→»",
@@ -37,17 +37,17 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "channels_last tile's first channel forgotten": "(group * S + s0) * C« + c0→»",
         "one position beyond the end": "<«→=» tl.minimum(left, BLOCK_S)",
         "a partial result beyond the last": "entry <«→=» programs * PLANE",
-        "weight without rstd": "scale = «r * →»tl.load(weight",
+        "weight without rstd": "scale = «r * →»tl.load(",
         "order reversed one too far": "return tiles - «1 - →»step",
-        "blocks reversed one too far": "tl.cdiv(C, BLOCK_C) - «1 - →»channel_block",
+        "blocks reversed one too far": ") - «1 - →»channel_block",
         "program and block exchanged":
-            "return tl.program_id(0) «// programs, tl.program_id(0) %→% programs, tl.program_id(0) //» programs,",
+            "return Walk(tl.program_id(0) «// programs, tl.program_id(0) %→% programs, tl.program_id(0) //» programs,",
     },
     ("tile.py", f"{VALUES} {MIDDLE}"): {
         "mask bits in another order": ".to(tl.int32)[:, :, None] >> «→7 - »tl.arange(0, 8)",
         "mask's last bit lost": "return «tl.sum(bits, axis=2→(tl.sum(bits, axis=2) & 127»).to(tl.uint8)",
-        "mask's ragged byte lost": "channel_block, «tl.cdiv(S, 8)→S // 8», C",
-        "channels_last mask's ragged byte lost": "channel_block, S, «tl.cdiv(C, 8)→C // 8»",
+        "mask's ragged byte lost": "«tl.cdiv(walk.S, 8)→walk.S // 8»",
+        "channels_last mask's ragged byte lost": "«tl.cdiv(walk.C, 8)→walk.C // 8»",
     },
     ("tile.py", f"{VALUES} {FROZEN}"): {"frozen without eps": "r = 1 / tl.sqrt(r« + EPS→»)"},
     ("tile.py", MEMORY): {
@@ -61,100 +61,101 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("tile.py", "test_accuracy.py::test_low_precision_is_no_worse_than_twice_eager -k bfloat16"): {
         "truncated, not rounded": "rounded = «(bits + 0x7FFF + ((bits >> 16) & 1))→bits»",
     },
-    ("forward.py", LOOPS): {
+    ("statistics.py", LOOPS): {
         "second tile read at the first": "tl.load(x + «next_start→start» + local",
-        "a tile beyond the last": "next_inside &= following <«→=» tiles",
+        "a tile beyond the last": "next_inside &= following <«→=» walk.tiles",
         "merge weighs with the whole count": "share * «(count - added)→count»[:, None]",
-        "merge without its later programs": "range(0, «programs * PLANE→BLOCK_P», BLOCK_P)",
-        "merge adds means whole": "mean += delta« * share→»",
+        "merge without its later programs": "range(0, «programs * merging.PLANE→merging.BLOCK_P»,",
+        "merge adds means whole": "        mean += delta« * share→»\n",
     },
-    ("forward.py", f"{LOOPS} {TWO}"): {
+    ("statistics.py", f"{LOOPS} {TWO}"): {
         "second norm takes a tile twice": "welford(«next_residual_value→residual_value», next",
     },
-    ("forward.py", VALUES): {
+    ("statistics.py", VALUES): {
         "biased by one value": "1 / tl.sqrt(m2 / «M→(M - 1)» + EPS)",
-        "biased running variance": "m2 / «(M - 1)→M», momentum",
-        "running mean from M2": "_update(running_mean, «mean→m2»,",
+        "biased running variance": "m2 / «(M - 1)→M», running.momentum",
+        "running mean from M2": "_update(running.mean, «mean→m2»,",
     },
-    ("forward.py", f"{VALUES} {MIDDLE}"): {
+    ("statistics.py", f"{VALUES} {TWO}"): {
+        "second norm's mean where M2 belongs": "partials + «2→3» * row + walk.program * walk.C + c, centre",
+        "first eps for the second norm": "- channel_blocks, «RESIDUAL_EPS→EPS»",
+        "first running mean for both norms": "Running(«residual_running_mean→running_mean», residual_running_var",
+    },
+    ("statistics.py", ONE_LAUNCH): {
+        "counts of every block in one place": "walk.«channel_block * walk.programs + walk.→»program, total",
+    },
+    ("statistics.py", "test_accuracy.py::test_running_statistics_to_the_bit"): {
+        "momentum of the old value": "«(1 - factor) * old + factor→factor * old + (1 - factor)» * new",
+    },
+    ("statistics.py", "test_accuracy.py::test_momentum_is_not_rounded_to_float32"): {
+        "momentum's low part not passed": "return high, «norm.momentum - high→0.0»",
+        "momentum's low part not added": "« + tl.cast(momentum_rest, new.dtype)→»",
+    },
+    ("statistics.py", MEMORY): {"no room for the counts": "(2 * call.norms * call.g.columns« + channel_blocks→»)"},
+    ("normalise.py", f"{VALUES} {MIDDLE}"): {
         "shortcut subtracted": "            z «+→-»= s\n",
         "mask inverted": "pack_bits(«~→»off)",
     },
-    ("forward.py", f"{VALUES} {TWO}"): {
-        "second norm's mean where M2 belongs": "partials + «2→3» * row + program * C + c, centre",
-        "first eps for the second norm": "- channel_blocks, «RESIDUAL_EPS→EPS»",
-        "shortcut not centred": "s = affine(s« - residual_m→»,",
-        "first running mean for both norms":
-            "norm.running_var, «second→norm».running_mean, second.running_var,\n        *_float32",
+    ("normalise.py", f"{VALUES} {TWO}"): {"shortcut not centred": "s = affine(s« - residual_m→»,"},
+    ("normalise.py", f"{VALUES} {FROZEN}"): {"running variance taken for rstd": "FROZEN=«stats is None→False»"},
+    ("normalise.py", f"{VALUES} {TWO_FROZEN}"): {
+        "first eps for a frozen second norm": "RESIDUAL_EPS=call.«second→norm».eps",
     },
-    ("forward.py", ONE_LAUNCH): {
-        "first eps for the second norm in one launch": "programs, channel_block, «RESIDUAL_EPS→EPS»",
-        "counts of every block in one place": "«channel_block * programs + →»program, total",
-    },
-    ("forward.py", f"{VALUES} {FROZEN}"): {"running variance taken for rstd": "FROZEN=«stats is None→False»"},
-    ("forward.py", f"{VALUES} {TWO_FROZEN}"): {
-        "first eps for a frozen second norm": "RESIDUAL_EPS=«second→norm».eps, FROZEN",
-        "first norm's mean for a frozen second": "(«residual_norm→norm».running_mean, residual_norm.running_var) if",
-    },
-    ("forward.py", "test_accuracy.py::test_running_statistics_to_the_bit"): {
-        "momentum of the old value": "«(1 - factor) * old + factor→factor * old + (1 - factor)» * new",
-    },
-    ("forward.py", "test_accuracy.py::test_momentum_is_not_rounded_to_float32"): {
-        "momentum's low part not passed": "return high, «value - high→0.0»",
-        "momentum's low part not added": "« + tl.cast(momentum_rest, new.dtype)→»",
-    },
-    ("forward.py", KINK): {"mask passes at zero": "off = z <«=→» 0"},
-    ("forward.py", NAN): {"NaN becomes zero": "off = «z <= 0→~(z > 0)»"},
-    ("forward.py", DTYPES): {
-        "float64 residual computed in float32": "geometry(x), accumulator(x«, residual→»)",
-        "result in the input's dtype": "«torch.promote_types(x.dtype, residual.dtype)→x.dtype»",
-    },
-    ("forward.py", MEMORY): {
-        "no room for the counts": "(2 * norms * g.columns« + channel_blocks→»)",
-        "forward's counters not cleared": "x.«new_zeros→new_empty»(launch.counters",
-    },
-    ("forward.py", RAGGED): {
-        "forward's last slice one block too long": "    if channel_block <«→=» channel_blocks:\n        if second",
-    },
-    ("forward.py", OPCHECK): {"mask that nobody needs": "residual is not None« and residual_norm is None→»"},
-    ("backward.py", LOOPS): {"sums without their earlier programs": "total «+→»= tl.load(partials"},
-    ("backward.py", VALUES): {
+    ("normalise.py", KINK): {"mask passes at zero": "off = z <«=→» 0"},
+    ("normalise.py", NAN): {"NaN becomes zero": "off = «z <= 0→~(z > 0)»"},
+    ("reduce.py", LOOPS): {"sums without their earlier programs": "total «+→»= tl.load(partials"},
+    ("reduce.py", VALUES): {
         "x̂ without rstd": "tl.sum(sum_dz_x« * r→», axis",
-        "sign of x̂'s mean": "dz - mean_dz «-→+» centred",
-        "mean of dz forgotten": "dz - «mean_dz - →»centred",
-        "mean over one value less": "other=0) / «M→(M - 1)», CHANNELS_LAST)\n    mean_dz_x",
-        "sums exchanged": "tl.load(sums + «C // PLANE + →»c",
-        "sign of the weight's gradient": "store(dweight + c, «→-»value,",
+        "sign of the weight's gradient": "store(out.weight + c, «→-»value",
         "gradient where z is negative": "on = «~(z <= 0)→z <= 0»",
     },
-    ("backward.py", f"{VALUES} {TWO}"): {
+    ("reduce.py", f"{VALUES} {TWO}"): {
         "ŝ with the first rstd": "sum_dz_residual * «residual_r→r»",
-        "second norm's sum of the first": "sums + «2 * (C // PLANE)→C // PLANE» + c",
-        "second weight's gradient not stored": "«store(dresidual_weight + c, value, c_inside)→pass»",
+        "second weight's gradient not stored": "«store(out.residual_weight + c, value, c_inside)→pass»",
     },
-    ("backward.py", ONE_LAUNCH): {"dy taken for dz in one launch": "                «False→True», REVERSED"},
-    ("backward.py", f"{VALUES} {FROZEN}"): {"frozen gradient without weight": "dz * «scale→r», inside"},
-    ("backward.py", f"{VALUES} {TWO_FROZEN}"): {
+    ("reduce.py", f"{VALUES} {FROZEN}"): {"frozen gradient without weight": "dz * «scale→r», inside"},
+    ("reduce.py", f"{VALUES} {TWO_FROZEN}"): {
         "frozen second gradient with the first weight": "dz * «residual_scale→scale», inside",
         "first eps for the frozen second gradient": "RESIDUAL_EPS=call.eps[«1→0»]",
     },
-    ("backward.py", "test_sequential.py::test_chain_of_four"): {
-        "fork's gradient lost": "gradient += «→0 * »tl.load(dy_fork",
-        "fork's gradient in place of the other": "gradient «+→»= tl.load(dy_fork",
-        "fork's gradient twice": "((dz, «None→call.gradients[1]») if is_dz else",
+    ("reduce.py", "test_sequential.py::test_chain_of_four"): {
+        "fork's gradient lost": "total += «→0 * »tl.load(gradient.dy_fork",
+        "fork's gradient in place of the other": "total «+→»= tl.load(gradient.dy_fork",
     },
-    ("backward.py", KINK): {"gradient at zero": "on = ~(z <«=→» 0)"},
-    ("backward.py", NAN): {"no gradient at NaN": "on = «~(z <= 0)→z > 0»"},
-    ("backward.py", "test_accuracy.py::test_nan_gradient_is_stopped_by_a_closed_relu"): {
+    ("reduce.py", KINK): {"gradient at zero": "on = ~(z <«=→» 0)"},
+    ("reduce.py", NAN): {"no gradient at NaN": "on = «~(z <= 0)→z > 0»"},
+    ("reduce.py", "test_accuracy.py::test_nan_gradient_is_stopped_by_a_closed_relu"): {
         "infinite gradient times zero": "«tl.where(on & inside, dy, 0→dy * (on & inside»)",
     },
+    ("apply.py", VALUES): {
+        "sign of x̂'s mean": "dz - mean_dz «-→+» centred",
+        "mean of dz forgotten": "dz - «mean_dz - →»centred",
+        "mean over one value less": "other=0) / «sums.M→(sums.M - 1)»",
+        "sums exchanged": "mean_dz_x = _mean_of(sums, «1→0»",
+    },
+    ("apply.py", f"{VALUES} {TWO}"): {"second norm's sum of the first": "_mean_of(sums, «2→1»"},
+    ("apply.py", "test_sequential.py::test_chain_of_four"): {
+        "fork's gradient twice": "((dz, «None→call.gradients[1]») if is_dz else",
+    },
+    ("apply.py", DTYPES): {"dx from a rounded dz": "dz is not None« and dz.dtype is call.gradients[0].dtype→»"},
+    ("forward.py", ONE_LAUNCH): {"first eps for the second norm in one launch": "channel_block, «RESIDUAL_EPS→EPS»"},
+    ("forward.py", MEMORY): {"forward's counters not cleared": "x.«new_zeros→new_empty»(launch.counters"},
+    ("forward.py", RAGGED): {"forward's last slice one block too long": "if channel_block <«→=» channel_blocks"},
+    ("forward.py", DTYPES): {"result in the input's dtype": "«torch.promote_types(x.dtype, residual.dtype)→x.dtype»"},
+    ("backward.py", ONE_LAUNCH): {"dy taken for dz in one launch": "walk, «False→True», order"},
     ("backward.py", DTYPES): {
         "dz rounded to the input's dtype": "        dz = torch.empty_like(call.x«, dtype=residual_dtype→»)\n    elif",
-        "dx from a rounded dz": "dz is not None« and dz.dtype is call.gradients[0].dtype→»",
-        "float64 gradient summed in float32": "accumulator(x, residual«, dy→»)",
     },
     ("backward.py", MEMORY): {"backward's counters not cleared": "x.«new_zeros→new_empty»(launch.counters"},
     ("backward.py", RAGGED): {"backward's last slice one block too long": "if channel_block <«→=» channel_blocks"},
+    ("launching.py", f"{VALUES} {TWO_FROZEN}"): {
+        "first norm's mean for a frozen second": "(«residual_norm→norm».running_mean, residual_norm.running_var) if",
+    },
+    ("launching.py", DTYPES): {
+        "float64 residual computed in float32": "geometry(x), accumulator(x«, residual→»)",
+        "float64 gradient summed in float32": "accumulator(x, residual«, dy→»)",
+    },
+    ("call.py", OPCHECK): {"mask that nobody needs": "residual is not None« and residual_norm is None→»"},
     ("tickets.py", "test_one_launch.py::test_order_of_the_work"): {
         "second phase before its first": "turn // 2« - 1→», (turn",
         "last slice not normalised": "turn == 2 * slices« - 1→»",
@@ -315,10 +316,10 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("calls.py", f"{FUSE}::test_every_way_to_write_an_addition -k broadcast"): {
         "broadcast residual in the kernels": "    if «residual.shape != input.shape→False»:\n        y = F.relu(norm",
     },
-    ("conversion.py", f"{HOOKS}::test_fuse_again_with_a_narrower_filter"): {
+    ("fuse.py", f"{HOOKS}::test_fuse_again_with_a_narrower_filter"): {
         "earlier fusion left": "    «unfuse_(model)\n    →»for",
     },
-    ("conversion.py", f"{FUSE}::test_wrong_arguments_change_nothing"): {
+    ("fuse.py", f"{FUSE}::test_wrong_arguments_change_nothing"): {
         "compiled model fused": "«isinstance(module, OptimizedModule) or →»module",
     },
     ("tracing.py", f"{REASONS} -k random"): {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle import FORMS, LAYOUTS, STATISTICS, problem, run
-from resfused.kernels import launch_table
+from resfused.kernels.gpu import launch_table
 
 import resfused.functional as fused
 
