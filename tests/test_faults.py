@@ -19,9 +19,12 @@ def test_every_fault_has_its_place_and_its_tests():
 
 @pytest.mark.parametrize(
     ("file", "text", "message"),
-    [("tile.py", "no such code", "tile.py has 0 times 'no such code'"), ("tile.py", "import", "tile.py has 3 times"),
-     ("no.py", "import", "0 files no.py in kernels, resfused")],
-)  # fmt: skip
+    [
+        ("tile.py", "no such code", "tile.py has 0 times 'no such code'"),
+        ("tile.py", "import", "tile.py has [2-9] times"),
+        ("no.py", "import", "0 files no.py in kernels, resfused"),
+    ],
+)
 def test_a_list_that_is_out_of_date_is_an_error(file, text, message):
     with pytest.raises(LookupError, match=f"out of date: .*{message}"):
         faults.Fault("", file, text, "", "").source()
