@@ -29,6 +29,7 @@ CHANGE = re.compile("«(.*?)→(.*?)»", re.DOTALL)
 KILLED, SURVIVED = "killed", "SURVIVED"
 # Of one fault's tests.
 SECONDS = 300
+PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed", "triton.language", "triton.runtime.interpreter"]
 # By pytest's exit status.
 VERDICTS = {0: SURVIVED, 1: KILLED}
 
@@ -118,7 +119,9 @@ def _run(tree: Path, tests: list[str], log: Path, sender: Any) -> None:
     os.chdir(tree)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(tree), os.environ.get("PYTHONPATH", "")])
     sys.path.insert(0, str(tree))
-    status = pytest.main([*tests, "-x", "-q", "-n", "0", "-p", "no:cacheprovider"])
+    # No test needs a plugin, and importing them takes longer than most.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    status = pytest.main([*tests, "-o", "addopts=", "-x", "-q", "-p", "no:cacheprovider"])
     package = sys.modules.get("resfused")
     if package is not None and tree not in Path(str(package.__file__)).parents:
         print(f"{package} is not the copy's")
@@ -133,7 +136,7 @@ def forks() -> Any:
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "triton.language"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 
