@@ -2,6 +2,7 @@
 
 import copy
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import resfused
+from resfused.backend import kernels
 from resfused.conversion.fused_forward import FusedForward
 
 CHANNELS = 4
@@ -199,6 +201,11 @@ def test_code_that_differs_in_training(device):
     report = fused_like_plain(model, device)
     assert [(e.form, e.in_training) for e in report.fused] == [(RELU, False)]
     assert report.passes_saved == 0
+    x = torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64, device=device)
+    for training in (True, False):
+        with mock.patch.object(kernels, "forward", wraps=kernels.forward) as counted:
+            model.train(training)(x)
+        assert counted.call_count == (0 if training else 1)
 
 
 class FunctionalNorm(nn.BatchNorm2d):
@@ -721,4 +728,6 @@ def test_report_counts_pairs(device):
     model = nn.Sequential(*(Parts(ADDITIONS["out + x"][1]) for _ in range(3)))
     report = fused_like_plain(model, device)
     assert [entry.forked for entry in report.fused] == [True, True, False]
+    # In half precision: 16 passes of eager PyTorch, 3 more for two uses, against 10 and two masks of 1/16, 1 more.
+    assert report.passes_saved == 3 * (16 - 10.125) + 2 * (3 - 1)
     assert str(report).startswith("3 of 6 norms fused in 3 places\n     3 norm+add+relu")

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -194,8 +195,12 @@ class Scales(nn.Module):
 
 
 class Activation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.on = True
+
     def forward(self, x):
-        return torch.relu(x)
+        return torch.relu(x) if self.on else x
 
 
 class Shifted(Activation):
@@ -203,10 +208,9 @@ class Shifted(Activation):
         return torch.relu(x + 1)
 
 
-@pytest.mark.parametrize("place", ["1", "2"])
-@pytest.mark.parametrize("how", ["class", "hook", "hook before"])
+@pytest.mark.parametrize(("place", "how"), [*product("12", ("class", "hook", "hook before")), ("2", "number")])
 def test_inlined_modules(place, how, device):
-    """Whose code became a part of another module's: another class, or a hook on it, is seen."""
+    """Whose code became a part of another module's: another class or number, or a hook on it, is seen."""
     fused, eager = fused_and_eager(
         nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sequential(nn.BatchNorm2d(4)), Activation()), device
     )
@@ -217,10 +221,12 @@ def test_inlined_modules(place, how, device):
     for model in (fused, eager):
         if how == "class":
             setattr(model, place, nn.Sequential(model[1][0], Shifted()) if place == "1" else Shifted())
+        elif how == "number":
+            model[2].on = False
         else:
             model[int(place)].register_forward_hook(lambda module, inputs, output: output + 1)
     if how == "hook before":
-        resfused.fuse_(fused)
+        assert not resfused.fuse_(fused).fused
     assert_close(step(fused, x), step(eager, x), 1e-9)
 
 
