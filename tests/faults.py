@@ -143,15 +143,17 @@ def forks() -> Any:
 def all_end_so(wanted: str, tasks: list[tuple[str, Fault | None, str]], jobs: int) -> bool:
     """Prints the outcome of every task, (name, fault, tests), in order; whether all are as wanted."""
     processes = forks()
-    good = True
+    good, seconds = 0, 0.0
     with ThreadPoolExecutor(jobs) as pool:
         outcomes = pool.map(lambda task: outcome(*task[1:], processes), tasks)
         for (name, *_), each in zip(tasks, outcomes, strict=True):
             print(f"{each.verdict:8} {each.seconds:6.1f} s  {name}", flush=True)
-            if each.verdict != wanted:
-                good = False
-                print(each.output[-2000:] if each.verdict != SURVIVED else "", end="", flush=True)
-    return good
+            good += each.verdict == wanted
+            seconds += each.seconds
+            if each.verdict not in (wanted, SURVIVED):
+                print(each.output[-2000:], end="", flush=True)
+    print(f"{good} of {len(tasks)} {wanted}, {seconds:.0f} s of CPU")
+    return good == len(tasks)
 
 
 def main() -> int:

@@ -682,7 +682,9 @@ def test_wrong_arguments_change_nothing():
     model = Parts(ACTIVATIONS["nn.ReLU"])
     with pytest.raises(TypeError, match="filter_fn must be callable or None, but got str"):
         resfused.fuse_(model, "bn1")
-    for compiled in (torch.compile(model), nn.Sequential(torch.compile(Parts(ACTIVATIONS["F.relu"])))):
+    in_place = Parts(ACTIVATIONS["F.relu"])
+    in_place.compile(backend="eager")
+    for compiled in (torch.compile(model), nn.Sequential(torch.compile(Parts(ACTIVATIONS["F.relu"]))), in_place):
         with pytest.raises(ValueError, match="compiled"):
             resfused.fuse_(compiled)
     assert "forward" not in model.__dict__

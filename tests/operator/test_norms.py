@@ -132,17 +132,6 @@ def test_tracking_switched_off_after_construction(residual, device):
     step(ours.eval(), eager.eval(), RANKS[2], residual, device)
 
 
-def test_the_same_norm_twice(device):
-    """Its statistics are updated and its calls counted one after the other, the shortcut's first: averages tell."""
-    ours, eager = (nn.BatchNorm2d(5, momentum=None, dtype=torch.float64, device=device) for _ in range(2))
-    x, r = torch.randn(2, *RANKS[2], dtype=torch.float64, device=device)
-    y = resfused.tail(ours, x, r, ours)
-    shortcut = eager(r)
-    assert relative_error(y, (eager(x) + shortcut).relu()) < 1e-12
-    for name, value in eager.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-12, atol=1e-12, msg=name)
-
-
 def test_copies(device):
     """deepcopy, pickle and torch.save of the whole module."""
     norm = resfused.BatchNormReLU2d(5, device=device)
