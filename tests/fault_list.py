@@ -55,7 +55,7 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("tile.py", "test_accuracy.py::test_the_mean_is_exact_to_rounding"): {
         "merge of lanes without the mean's correction":
             "«    centre += tl.sum((mean - by_channel(centre, CHANNELS_LAST)) * share, axis=AXIS) / total\n→»"},
-    ("tile.py", "test_accuracy.py::test_low_precision_is_no_worse_than_twice_eager -k bfloat16"): {
+    ("tile.py", "test_accuracy.py::test_outputs_are_rounded_to_nearest"): {
         "truncated, not rounded": "rounded = «(bits + 0x7FFF + ((bits >> 16) & 1))→bits»"},
     ("statistics.py", f"{LOOPS} {TWO_TRAINING}"): {
         "second tile read at the first": "tl.load(x + «next_start→start» + local",

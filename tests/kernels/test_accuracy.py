@@ -28,6 +28,14 @@ def test_low_precision_is_no_worse_than_twice_eager(form, layout, training, dtyp
         assert relative_error(ours[name], exact[name]) <= limit, name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_outputs_are_rounded_to_nearest(dtype, device):
+    """Once, from float32: within half a unit in the last place, and its own small error."""
+    p = problem("norm+relu", (4, 24, 3, 4), dtype, device)
+    y, exact = run(fused, p)["output"].double(), run(reference, p, torch.float64)["output"]
+    assert ((y - exact).abs() <= 1.001 * torch.finfo(dtype).eps / 2 * exact)[exact > 0.01].all()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_mean_far_over_std(form, layout, device, small_launches, launches):
