@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import relative_error
+from resfused.kernels import gpu as kernels
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import resfused
-from resfused.backend import kernels
 from resfused.conversion.fused_forward import FusedForward
 
 CHANNELS = 4
