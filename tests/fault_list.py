@@ -116,13 +116,13 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "fork's gradient twice": "((dz, «None→call.gradients[1]») if is_dz else"},
     ("apply.py", DTYPES): {"dx from a rounded dz": "dz is not None« and dz.dtype is call.gradients[0].dtype→»"},
     ("forward.py", ONE_LAUNCH): {"first eps for the second norm in one launch": "channel_block, «RESIDUAL_EPS→EPS»"},
-    ("forward.py", MEMORY): {"forward's counters not cleared": "x.«new_zeros→new_empty»(launch.counters"},
+    ("forward.py", f"{MEMORY} -k one"): {"forward's counters not cleared": "x.«new_zeros→new_empty»(launch.counters"},
     ("forward.py", RAGGED): {"forward's last slice one block too long": "if channel_block <«→=» channel_blocks"},
     ("forward.py", DTYPES): {"result in the input's dtype": "«torch.promote_types(x.dtype, residual.dtype)→x.dtype»"},
     ("backward.py", ONE_LAUNCH): {"dy taken for dz in one launch": "walk, «False→True», order"},
     ("backward.py", DTYPES): {
         "dz rounded to the input's dtype": "        dz = torch.empty_like(call.x«, dtype=residual_dtype→»)\n    elif"},
-    ("backward.py", MEMORY): {"backward's counters not cleared": "x.«new_zeros→new_empty»(launch.counters"},
+    ("backward.py", f"{MEMORY} -k one"): {"backward's counters not cleared": "x.«new_zeros→new_empty»(launch.counters"},
     ("backward.py", RAGGED): {"backward's last slice one block too long": "if channel_block <«→=» channel_blocks"},
     ("launching.py", f"{VALUES} {TWO_FROZEN}"): {
         "first norm's mean for a frozen second": "(«residual_norm→norm».running_mean, residual_norm.running_var) if"},
@@ -135,7 +135,7 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "program and block of a ticket exchanged":
             "within «% slice_blocks, within //→// slice_blocks, within %» slice_blocks"},
     ("tickets.py", ONE_LAUNCH): {"merged by the first to arrive": 'sem="acq_rel") == «programs - 1→0»'},
-    ("geometry.py", f"{VALUES} -k training"): {
+    ("geometry.py", f"{VALUES} -k 'training and 40'"): {
         "M without the columns of a plane": "self.groups * self.positions« * self.plane→»"},
     ("geometry.py", MEMORY): {"mask without its ragged bytes": "outer * («-(-self.inner // 8)→self.inner // 8»)"},
     ("geometry.py", "test_functional.py::test_strides"): {

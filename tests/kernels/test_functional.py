@@ -157,13 +157,11 @@ PRECISIONS = {**TOLERANCE, torch.float16: 1e-3, torch.bfloat16: 1e-2}
     ids=str,
 )  # fmt: skip
 def test_two_dtypes_promote_as_in_eager(form, input_dtype, residual_dtype, device, launches):
-    p = problem(form, (4, 8, 3, 3), input_dtype, device)
-    residual = p.tensors["residual"].to(residual_dtype)
-    vectors = {n: t.to(residual_dtype) for n, t in p.tensors.items() if n.startswith("residual_")}
-    if residual_dtype in (torch.float16, torch.bfloat16):
-        vectors = {n: t.float() for n, t in vectors.items()}
     promoted = torch.promote_types(input_dtype, residual_dtype)
-    p = replace(p.with_(residual=residual, **vectors), dy=p.dy.to(promoted))
+    # Of each tensor every digit counts: none is another's, widened.
+    p, other, wide = (problem(form, (4, 8, 3, 3), dtype, device) for dtype in (input_dtype, residual_dtype, promoted))
+    p = p.with_(**{name: tensor for name, tensor in other.tensors.items() if name.startswith("residual")})
+    p = replace(p, dy=wide.dy)
     ours, eager, exact = run(fused, p), run(reference, p), run(reference, p, torch.float64)
     assert {n: t.dtype for n, t in ours.items()} == {n: t.dtype for n, t in eager.items()}
     # Each to its own precision: arithmetic is in the wider of the two, and nothing on the way is narrower.
