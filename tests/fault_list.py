@@ -97,9 +97,9 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "x̂ without rstd": "tl.sum(sum_dz_x« * r→», axis",
         "sign of the weight's gradient": "store(out.weight + c, «→-»value"},
     ("reduce.py", f"{VALUES} {TWO}"): {
-        "ŝ with the first rstd": "sum_dz_residual * «residual_r→r»",
+        "ŝ with the first rstd": "r = load_rstd(«second→norm», c,",
         "second weight's gradient not stored": "«store(out.residual_weight + c, value, c_inside)→pass»"},
-    ("reduce.py", f"{VALUES} {FROZEN}"): {"frozen gradient without weight": "dz * «scale→r», inside"},
+    ("reduce.py", f"{VALUES} {FROZEN}"): {"frozen gradient is dz": "dz« * scale→», inside"},
     ("reduce.py", f"{VALUES} {TWO_FROZEN}"): {
         "frozen second gradient with the first weight": "dz * «residual_scale→scale», inside",
         "first eps for the frozen second gradient": "RESIDUAL_EPS=call.eps[«1→0»]"},
@@ -288,7 +288,7 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("fused_forward.py", f"{FUSE}::test_arguments_with_defaults"): {
         "named arguments ignored": "if plan is None or «kwargs or →»len"},
     ("fused_forward.py", "test_fuse_parallel.py::test_replicas_of_data_parallel"): {
-        "replica computes with the original": "«FusedForward(replica, self.plans).put_on()→pass»"},
+        "replica computes with the original": "«FusedForward(replica, self.plans, self.places).put_on()→pass»"},
     ("fused_forward.py", f"{HOOKS}::test_a_hook_on_a_norm_that_reads_a_pair"): {
         "hooked norm reads half a gradient": "is_norm(norm) «and not is_watched(norm) →»for norm"},
     ("matching.py", f"{REASONS} -k twice"): {
@@ -330,7 +330,7 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "filter's refusal not told": 'return "«filter_fn refuses it→»"',
         "fused norms told as left": "and« name not in done and→»"},
     ("report.py", f"{FUSE}::test_report_counts_norms"): {
-        "places counted for norms": "total = len(self.«norms→fused») + len(self.left)"},
+        "places counted for norms": "_counted(len(self.«norms→fused») + len(self.left)"},
     ("report.py", f"{FUSE}::test_report_counts_pairs"): {"pairs not counted": "if «self.forked→False» else 0.0"},
     ("report.py", f"{FUSE}::test_code_that_differs_in_training"): {
         "evaluation counted as training": "if «not self.in_training→False»"},
