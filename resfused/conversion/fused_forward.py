@@ -74,6 +74,9 @@ class Plan:
             found = getattr(at(module, path), name, _MISSING)
             if type(found) is not type(value) or found != value:
                 return False
+            # Equal too: [True] and [1], which are not the same to the code.
+            if isinstance(value, _CONTAINERS) and repr(found) != repr(value):
+                return False
         for path, names in self.containers:
             container = at(module, path)
             if container is None or tuple(container._modules) != names:
@@ -85,6 +88,7 @@ class Plan:
 
 
 _MISSING = object()
+_CONTAINERS = (list, tuple, set, frozenset, dict)
 
 
 def at(module: nn.Module, path: str) -> nn.Module | None:

@@ -111,8 +111,4 @@ def _reader(
 def _function_reader(user: fx.Node, node: fx.Node) -> list[str] | None:
     if user.target is operator.iadd:
         return [] if user.args[0] is not node else None
-    if user.target is tail_pair:
-        # A norm with a hook is called as it is.
-        norms = [(user.args[0], user.args[1]), (user.args[3], user.args[2])]
-        return [str(n.target) for n, value in norms if isinstance(n, fx.Node) and value is node]
     return [] if user.target in _READS else None

@@ -214,8 +214,15 @@ def _careful(module: nn.Module) -> Iterator[None]:
         """As the value will answer that the proxy stands for."""
         return isinstance(Tensor() if isinstance(value, fx.Proxy) else value, classes)
 
+    def leaf_call(child: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What a class's own call does is done when the graph is run, not twice."""
+        return nn.Module.__call__(child, *args, **kwargs)
+
     forward = inspect.unwrap(type(module).forward)
     with ExitStack() as stack:
+        for kind in {type(child) for child in module.modules()}:
+            if kind.__call__ is not nn.Module.__call__:
+                stack.enter_context(mock.patch.object(kind, "__call__", leaf_call))
         stack.enter_context(mock.patch.dict(forward.__globals__, {"isinstance": is_instance}))
         stack.enter_context(mock.patch.object(torch, "is_tensor", lambda value: is_instance(value, Tensor)))
         for name in _GLOBAL_STATE:

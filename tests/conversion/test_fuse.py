@@ -2,11 +2,13 @@
 
 import copy
 import random
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import relative_error
+from resfused.kernels import gpu as kernels
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -199,6 +201,11 @@ def test_code_that_differs_in_training(device):
     report = fused_like_plain(model, device)
     assert [(e.form, e.in_training) for e in report.fused] == [(RELU, False)]
     assert report.passes_saved == 0
+    x = torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64, device=device)
+    for training in (True, False):
+        with mock.patch.object(kernels, "forward", wraps=kernels.forward) as counted:
+            model.train(training)(x)
+        assert counted.call_count == (0 if training else 1)
 
 
 class FunctionalNorm(nn.BatchNorm2d):
@@ -398,6 +405,190 @@ def test_input_changed_before_the_relu(device):
         assert torch.equal(model(x.clone()), plain(x.clone()))
 
 
+def leaky_between(self, x):
+    out = self.bn1(x)
+    F.leaky_relu(x, 2.0, inplace=True)
+    return F.relu(out) + x
+
+
+def leaky_after_the_addition(self, x):
+    x = x + 1
+    out = self.a(x) + x
+    F.leaky_relu(x, 2.0, inplace=True)
+    return F.relu(out) + x
+
+
+def doubled_after_the_addition(self, x):
+    x = x + 1
+    out = self.a(x) + x
+    x *= 2
+    return F.relu(out) + x
+
+
+def doubled_between(self, x):
+    x = x + 1
+    out = self.bn1(x)
+    x *= 2
+    return F.relu(out + x)
+
+
+@pytest.mark.parametrize("code", [leaky_between, leaky_after_the_addition, doubled_after_the_addition, doubled_between])
+def test_a_change_in_place_between_norm_addition_and_relu(code, device):
+    """Of what a fused node would read at the ReLU. Without gradients: eager has none here."""
+    model = Parts(code).to(device, torch.float64)
+    plain = copy.deepcopy(model)
+    resfused.fuse_(model)
+    x = torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        assert relative_error(model(x.clone()), plain(x.clone())) < 1e-12
+
+
+def test_an_identity_used_twice(device):
+    def code(self, x):
+        out = self.identity(self.a(x))
+        return F.relu(out) * out
+
+    model = Parts(code)
+    model.identity = nn.Identity()
+    assert not forms(fused_like_plain(model, device))
+
+
+def frozen_beside_batch(self, x):
+    return functional_norm(self.bn1, self.conv1(x), True), functional_norm(self.bn2, self.conv2(x), False)
+
+
+def broadcast_beside_whole(self, x):
+    return functional_norm(self.bn1, self.conv1(x), True), functional_norm(self.bn2, self.conv2(x)[:, :, :1], True)
+
+
+def module_beside_function(self, x):
+    return functional_norm(self.bn1, self.conv1(x), True), self.b(x)
+
+
+def functional_norm(norm, x, training):
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, 0.2, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("norms", "form"),
+    [(frozen_beside_batch, ADD_NORM), (broadcast_beside_whole, ADD_NORM), (module_beside_function, ADD)],
+)
+def test_two_functional_norms_that_differ(norms, form, device):
+    """In their modes, in their shapes, or one is a module: what one node cannot do, PyTorch does."""
+
+    def code(self, x):
+        a, b = norms(self, x)
+        return F.relu(a + b)
+
+    assert forms(fused_like_plain(Parts(code), device)) == [form]
+
+
+class Reads(Parts):
+    """Its code reads ``number``."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+
+class ReadsAList(Reads):
+    def forward(self, x):
+        return F.relu(self.a(x)) * self.number[0]
+
+
+class AsksForTrue(Reads):
+    def forward(self, x):
+        return F.relu(self.a(x)) * (2 if self.number is True else 3 if isinstance(self.number, int) else 5)
+
+
+class AsksForTrueInAList(Reads):
+    def forward(self, x):
+        return F.relu(self.a(x)) * (2 if self.number[0] is True else 3 if isinstance(self.number[0], int) else 5)
+
+
+class AsksForTrueInADict(Reads):
+    def forward(self, x):
+        return F.relu(self.a(x)) * (2 if self.number["it"] is True else 3 if isinstance(self.number["it"], int) else 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [(AsksForTrue, [True, 1, 1.0]), (AsksForTrueInAList, [[True], [1], [1.0]]),
+     (AsksForTrueInADict, [{"it": True}, {"it": 1}, {"it": 1.0}])],
+)  # fmt: skip
+def test_true_is_not_one(kind, numbers, device):
+    """True, 1 and 1.0 are equal, and not the same to code that reads them."""
+    x = torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64, device=device)
+    for before in numbers:
+        model = kind(before).to(device, torch.float64)
+        assert forms(resfused.fuse_(model)) == [RELU]
+        for after in numbers:
+            model.number = after
+            assert relative_error(model(x), kind.forward(model, x)) < 1e-12, (before, after)
+
+
+def test_a_list_changed_in_place(device):
+    model = ReadsAList([2.0]).to(device, torch.float64)
+    assert forms(resfused.fuse_(model)) == [RELU]
+    model.number[0] = 3.0
+    x = torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64, device=device)
+    assert relative_error(model(x), ReadsAList.forward(model, x)) < 1e-12
+
+
+def changes_its_input(self, x):
+    out = self.a(x)
+    x += out
+    return F.relu(self.b(x) + x)
+
+
+def adds_its_input(self, x):
+    out = self.a(x)
+    out += x
+    return F.relu(out)
+
+
+@pytest.mark.parametrize("code", [changes_its_input, adds_its_input])
+def test_a_pair_is_not_changed_in_place(code, device):
+    """Both halves are one memory: a block that changes its input in place is given a tensor, not a pair.
+
+    Of the gradients only those that come before the change: the others are eager's error.
+    """
+    plain = nn.Sequential(Parts(ADDITIONS["out + x"][1]), Parts(code)).to(device, torch.float64)
+    model = copy.deepcopy(plain)
+    assert resfused.fuse_(model).fused[0].forked == (code is adds_its_input)
+    x = torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64, device=device)
+    results = []
+    for each in (model, plain):
+        last = each[1].bn2 if code is changes_its_input else each[1].bn1
+        y = each(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), last.parameters())))
+    for actual, expected in zip(*results, strict=True):
+        assert relative_error(actual, expected) < 1e-12
+
+
+class UsesTwice(nn.Module):
+    """The first block's output goes to the second, and elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (Parts(ADDITIONS["out + x"][1]) for _ in range(2))
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.second(y) * y.sigmoid()
+
+
+class GivesTwice(UsesTwice):
+    def forward(self, x):
+        y = self.first(x)
+        return y, self.second(y)
+
+
+@pytest.mark.parametrize("kind", [UsesTwice, GivesTwice])
+def test_a_value_used_elsewhere_is_no_pair(kind, device):
+    assert not any(entry.forked for entry in fused_like_plain(kind(), device).fused)
+
+
 def test_reads_of_objects_are_refused(device):
     model = Parts(reads_an_object)
     model.settings = type("Settings", (), {"scale": 2})()
@@ -491,7 +682,9 @@ def test_wrong_arguments_change_nothing():
     model = Parts(ACTIVATIONS["nn.ReLU"])
     with pytest.raises(TypeError, match="filter_fn must be callable or None, but got str"):
         resfused.fuse_(model, "bn1")
-    for compiled in (torch.compile(model), nn.Sequential(torch.compile(Parts(ACTIVATIONS["F.relu"])))):
+    in_place = Parts(ACTIVATIONS["F.relu"])
+    in_place.compile(backend="eager")
+    for compiled in (torch.compile(model), nn.Sequential(torch.compile(Parts(ACTIVATIONS["F.relu"]))), in_place):
         with pytest.raises(ValueError, match="compiled"):
             resfused.fuse_(compiled)
     assert "forward" not in model.__dict__
@@ -526,9 +719,17 @@ def test_nothing_to_fuse():
     assert "0 of 0 norms fused" in str(report)
 
 
+def test_report_counts_norms(device):
+    """Two in one place are two."""
+    report = fused_like_plain(Parts(ADDITIONS["two norms"][1]), device)
+    assert str(report).startswith("2 of 2 norms fused in 1 place\n     1 norm+add(norm)+relu")
+
+
 def test_report_counts_pairs(device):
     """Blocks of a chain hand on pairs; the last has nobody to hand one to."""
     model = nn.Sequential(*(Parts(ADDITIONS["out + x"][1]) for _ in range(3)))
     report = fused_like_plain(model, device)
     assert [entry.forked for entry in report.fused] == [True, True, False]
+    # In half precision: 16 passes of eager PyTorch, 3 more for two uses, against 10 and two masks of 1/16, 1 more.
+    assert report.passes_saved == 3 * (16 - 10.125) + 2 * (3 - 1)
     assert str(report).startswith("3 of 6 norms fused in 3 places\n     3 norm+add+relu")

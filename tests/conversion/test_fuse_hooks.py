@@ -1,6 +1,8 @@
 """Fused models under those who look inside or change them: hooks, replaced modules, a second fuse_, unfuse_."""
 
 import copy
+import pickle
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -108,6 +110,158 @@ def test_backward_hooks(place, device):
     assert len(seen[fused]) == len(seen[eager]) == 3
     for actual, expected in zip(seen[fused], seen[eager], strict=True):
         assert relative_error(actual, expected) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("place", ["norm", "convolution that reads a pair"])
+def test_a_lone_backward_hook(kind, place, device):
+    fused, eager = fused_and_eager(chain(), device)
+    x = activations(device)
+    seen = {fused: [], eager: []}
+    for model in (fused, eager):
+        getattr(model.get_submodule(PLACES[place]), kind)(
+            lambda m, *gradients, to=seen[model]: to.extend(gradients[-1])
+        )
+        for relu in (m for m in model.modules() if isinstance(m, nn.ReLU)):
+            relu.inplace = False
+        step(model, x)
+    assert len(seen[fused]) == len(seen[eager]) == 1
+    assert relative_error(seen[fused][0], seen[eager][0]) < 1e-9
+
+
+class Doubles(nn.Module):
+    """To be mixed in: a call that does more than the forward."""
+
+    def __call__(self, *args):
+        return 2 * super().__call__(*args)
+
+
+def doubled(module):
+    """As by module.compile(), whose result is called in place of the forward."""
+    module._compiled_call_impl = lambda *args: 2 * type(module).forward(module, *args)
+
+
+def own_call(module):
+    module.__class__ = type("Own", (Doubles, type(module)), {"forward": type(module).forward})
+
+
+@pytest.mark.parametrize("change", [doubled, own_call])
+@pytest.mark.parametrize("place", ["norm", "norm of the projection", "ReLU", "block that takes a pair"])
+def test_a_call_of_its_own(change, place, device):
+    """A module whose call is more than its forward is called, before fuse_ and after."""
+    fused, eager = fused_and_eager(chain(), device)
+    x = activations(device)
+    for model in (fused, eager):
+        change(model.get_submodule(PLACES[place]))
+    assert_close(step(fused, x), step(eager, x), 1e-9)
+    if change is own_call:
+        resfused.fuse_(fused)
+        assert_close(step(fused, x), step(eager, x), 1e-9)
+
+
+@pytest.mark.parametrize("place", ["convolution that reads a pair", "ReLU", "norm of the projection"])
+def test_a_hook_after_unpickling(place, device):
+    """What must stay as it is goes into the file with the code."""
+    fused, eager = fused_and_eager(chain(), device)
+    fused = pickle.loads(pickle.dumps(fused))
+    x = activations(device)
+    assert pairs(fused, x) == 1
+    results = []
+    eager.load_state_dict(fused.state_dict())
+    for model in (fused, eager):
+        seen = Seen()
+        model.get_submodule(PLACES[place]).register_forward_hook(seen)
+        y = model(x.clone().requires_grad_())
+        results.append({"output": y, "asked": torch.autograd.grad(y.square().sum(), seen.kept)[0]})
+    assert_close(*results, 1e-9)
+
+
+def test_a_number_after_unpickling(device):
+    """One that the code read, changed where the model was loaded."""
+    model = pickle.loads(pickle.dumps(fused_and_eager(nn.Sequential(Scales()), device)[0]))
+    x = activations(device)
+    assert nodes(model, x) == 1
+    model[0].scale = 3
+    assert relative_error(model(x), Scales.forward(model[0], x)) < 1e-12
+
+
+class Scales(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.scale = nn.BatchNorm2d(4), 2
+
+    def forward(self, x):
+        return torch.relu(self.bn(x)) * self.scale
+
+
+class Activation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.on = True
+
+    def forward(self, x):
+        return torch.relu(x) if self.on else x
+
+
+class Shifted(Activation):
+    def forward(self, x):
+        return torch.relu(x + 1)
+
+
+@pytest.mark.parametrize(("place", "how"), [*product("12", ("class", "hook", "hook before")), ("2", "number")])
+def test_inlined_modules(place, how, device):
+    """Whose code became a part of another module's: another class or number, or a hook on it, is seen."""
+    fused, eager = fused_and_eager(
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sequential(nn.BatchNorm2d(4)), Activation()), device
+    )
+    x = activations(device)
+    assert nodes(fused, x) == 1
+    if how == "hook before":
+        resfused.unfuse_(fused)
+    for model in (fused, eager):
+        if how == "class":
+            setattr(model, place, nn.Sequential(model[1][0], Shifted()) if place == "1" else Shifted())
+        elif how == "number":
+            model[2].on = False
+        else:
+            model[int(place)].register_forward_hook(lambda module, inputs, output: output + 1)
+    if how == "hook before":
+        assert not resfused.fuse_(fused).fused
+    assert_close(step(fused, x), step(eager, x), 1e-9)
+
+
+class PreActivation(nn.Module):
+    """relu(bn(x)) first: a norm reads what the block is given, the shortcut too."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        return self.conv(torch.relu(self.bn(x))) + x
+
+
+def test_a_hook_on_a_norm_that_reads_a_pair(device):
+    fused, eager = fused_and_eager(nn.Sequential(BasicBlock(4, 4), PreActivation()), device)
+    x = activations(device)
+    assert pairs(fused, x) == 1
+    eager.load_state_dict(fused.state_dict())
+    asked = []
+    for model in (fused, eager):
+        seen = Seen()
+        model[1].bn.register_forward_hook(seen)
+        asked.append(torch.autograd.grad(model(x.clone().requires_grad_()).square().sum(), seen.kept[0]))
+    assert relative_error(asked[0][0], asked[1][0]) < 1e-9
+
+
+def test_fuse_again_with_a_narrower_filter(device):
+    """The modules whose norms it refuses have their own forward again."""
+    fused, eager = fused_and_eager(chain(), device)
+    x = activations(device)
+    report = resfused.fuse_(fused, lambda module, name: name.startswith("layer2"))
+    assert report.norms == ("layer2.0.bn1", "layer2.0.bn2", "layer2.0.downsample.1")
+    assert nodes(fused, x) == 2
+    assert_close(step(fused, x), step(eager, x), 1e-9)
 
 
 def test_pre_hooks_that_change_the_input(device):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import FORMS, LAYOUTS, assert_close, pre_activation, problem, relative_error, run
+from oracle import FORMS, LAYOUTS, assert_close, in_layout, pre_activation, problem, relative_error, run
 
 import resfused.functional as fused
 from resfused import reference
@@ -28,6 +28,14 @@ def test_low_precision_is_no_worse_than_twice_eager(form, layout, training, dtyp
         assert relative_error(ours[name], exact[name]) <= limit, name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_outputs_are_rounded_to_nearest(dtype, device):
+    """Once, from float32: within half a unit in the last place, and its own small error."""
+    p = problem("norm+relu", (4, 24, 3, 4), dtype, device)
+    y, exact = run(fused, p)["output"].double(), run(reference, p, torch.float64)["output"]
+    assert ((y - exact).abs() <= 1.001 * torch.finfo(dtype).eps / 2 * exact)[exact > 0.01].all()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_mean_far_over_std(form, layout, device, small_launches, launches):
@@ -42,6 +50,17 @@ def test_mean_far_over_std(form, layout, device, small_launches, launches):
     ours, exact = run(fused, p), run(reference, p, torch.float64)
     assert_close(ours, exact, 2 * 1e4 * 2**-24)
     assert relative_error(ours["running_var"], exact["running_var"]) < 1e4 * 2**-24 / 10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(7, 16, 9, 11), (48, 16, 7, 7)], ids=str)
+def test_the_mean_is_exact_to_rounding(layout, shape, device):
+    """Within a unit in the last place, where mean >> std: merges correct it by the mean of the deviations from it."""
+    x = in_layout((torch.randn(shape, dtype=torch.float64) + 1e4).to(device, torch.float32), layout)
+    mean, var = torch.zeros(2, 16, device=device)
+    fused.batch_norm_relu(x, mean, var, training=True, momentum=1.0)
+    # From 2^13 to 2^14 a float32 has 2^-10 to the next.
+    assert (mean.double() - x.double().mean((0, 2, 3))).abs().max() < 2**-10
 
 
 def test_first_rows_far_from_the_rest(device, small_launches, launches):

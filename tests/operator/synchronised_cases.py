@@ -62,9 +62,13 @@ class Dropped(torch.autograd.Function):
 
 
 def batch_norms(count, **settings):
-    """Norms with random parameters and running statistics, the same in every process."""
-    norms = [nn.BatchNorm2d(CHANNELS, **{"momentum": 0.3, "eps": 0.1, "dtype": torch.float64, **settings})
-             for _ in range(count)]  # fmt: skip
+    """Norms with numbers of their own, random parameters and running statistics, the same in every process."""
+    norms = [
+        nn.BatchNorm2d(
+            CHANNELS, **{"momentum": 0.3 + 0.2 * i, "eps": 0.1 + 0.1 * i, "dtype": torch.float64, **settings}
+        )
+        for i in range(count)
+    ]
     with torch.no_grad():
         for norm in norms:
             for t in (*norm.parameters(), *(b for b in norm.buffers() if b.dim())):

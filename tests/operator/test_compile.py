@@ -48,6 +48,21 @@ def test_opcheck(form, layout, device):
         )
 
 
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_opcheck_of_two_dtypes(form, device):
+    """Fake outputs have the promoted dtype, the residual's gradient that of the residual."""
+    p = problem(form, (3, 6, 4, 2), torch.bfloat16, device)
+    x, residual, *rest = arguments(p, True)
+    residual = residual.float()
+    opcheck(ops.forward_training, (x, residual, *rest), test_utils="test_faketensor")
+    y, mask, stats = ops.forward_training(x, residual, *rest)
+    two = form == FORMS[2]
+    saved, mask = (residual, None) if two else (None, mask)
+    wanted = [True, True, True, True, two, two]
+    backward = (y, None, x, saved, torch.float32, mask, stats, *rest[:-1], wanted)
+    opcheck(ops.backward, backward, test_utils="test_faketensor")
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("name", ["ResidualBlock", "ProjectionResidualBlock"])
 def test_whole_blocks(backend, name, device):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import FORMS, PARAMETERS, call, problem, run
+from oracle import FORMS, LAYOUTS, PARAMETERS, assert_close, call, problem, run
 
 import resfused
 import resfused.functional as fused
@@ -56,6 +56,33 @@ def test_gradient_penalty(form, training, device):
         torch.testing.assert_close(ours[name], eager[name], rtol=1e-9, atol=1e-11)
     missing = {name for name in eager if eager[name].any()} - ours.keys()
     assert not missing
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_create_graph_changes_no_gradient(form, training, layout, device):
+    """The differentiable backward against the kernels' and eager's: infinite where the ReLU is closed, zero at zero."""
+    p = problem(form, (4, 3, 3, 2), torch.float64, device, training=training, layout=layout)
+    if not training:
+        # Zeros, and a NaN, which the ReLU lets through.
+        for name, tensor in p.tensors.items():
+            if name.endswith(("weight", "bias")) or name == "residual":
+                tensor[:1].zero_()
+        p.tensors["input"][1, 2, 1, 1] = float("nan")
+    dy = torch.where(run(reference, p)["output"] == 0, float("inf"), p.dy)
+
+    def gradients(implementation, create_graph):
+        leaves = {n: t.clone().requires_grad_("running" not in n) for n, t in p.tensors.items()}
+        wanted = [t for t in leaves.values() if t.requires_grad]
+        y = call(implementation, p, leaves)
+        found = torch.autograd.grad(y, wanted, dy, create_graph=create_graph)
+        return dict(zip(leaves, (g.detach() for g in found), strict=False))
+
+    expected = gradients(reference, False)
+    assert all(g.isfinite().any() for g in expected.values())
+    assert_close(gradients(fused, True), expected, 1e-11)
+    assert_close(gradients(fused, False), expected, 1e-11)
 
 
 def test_saves_no_second_activation(device):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracle import FORMS, LAYOUTS, STATISTICS, problem, run
+from resfused.kernels.gpu import launch_table
 
 import resfused.functional as fused
 
@@ -57,6 +58,26 @@ def test_outputs_whole_and_surroundings_untouched(form, layout, training, shape,
             assert untouched(whole[GUARD + part.numel() :])
             assert part.dtype == torch.uint8 or not part.isnan().any()
         assert all(r.isfinite().all() for r in results.values())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_ragged_last_slice_writes_nothing_beside_it(form, layout, device, guarded, small_launches, monkeypatch):
+    """One launch, in slices of two blocks of channels, the last of one; its counters too lie between guards."""
+    monkeypatch.setattr(torch.Tensor, "new_zeros", lambda x, size, dtype: x.new_empty(size, dtype=dtype).zero_())
+    monkeypatch.setattr(launch_table, "ONE_LAUNCH_ELEMENTS", launch_table.EVERY_NODE)
+    launches, ticketed = [], launch_table.ticketed
+
+    def two_blocks(*arguments):
+        launches.append(ticketed(*arguments)._replace(slice_blocks=2))
+        return launches[-1]
+
+    monkeypatch.setattr(launch_table, "ticketed", two_blocks)
+    run(fused, problem(form, (2, 37, 3, 2), torch.float32, device, layout=layout))
+    assert [launch.channel_blocks % 2 for launch in launches] == [1, 1]
+    for whole, part in guarded:
+        assert untouched(whole[:GUARD])
+        assert untouched(whole[GUARD + part.numel() :])
 
 
 @pytest.mark.parametrize("form", FORMS)

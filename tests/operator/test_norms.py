@@ -119,6 +119,19 @@ def test_a_failed_call_changes_no_buffer(device):
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["relu", "add+relu"])
+def test_tracking_switched_off_after_construction(residual, device):
+    """In training the buffers stay as they are and the call is not counted; in evaluation they are used."""
+    ours, eager = pair(2, residual, {}, device)
+    step(ours, eager, RANKS[2], residual, device)
+    for norm in (ours, eager):
+        norm.track_running_stats = False
+    step(ours, eager, RANKS[2], residual, device)
+    assert_same_state(ours, eager)
+    assert int(ours.num_batches_tracked) == 1
+    step(ours.eval(), eager.eval(), RANKS[2], residual, device)
+
+
 def test_copies(device):
     """deepcopy, pickle and torch.save of the whole module."""
     norm = resfused.BatchNormReLU2d(5, device=device)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import resfused
 from resfused import reference
+from resfused.norms import forked_tail
 
 CHAIN = (
     ("ProjectionResidualBlock", (4, 6, 2)),
@@ -86,6 +87,20 @@ def test_no_addition_of_activations_is_left(device):
     with Additions() as additions:
         y.sum().backward()
     assert additions.count == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("half", [0, 1])
+def test_only_one_half_has_a_gradient(half, training, device):
+    """Its gradient is the whole, whichever it is."""
+    (x, r), norm = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64, device=device), nn.BatchNorm2d(4)
+    gradients = []
+    norm.to(x).train(training)
+    for tail in (lambda x, r: forked_tail(norm, x, r)[half], lambda x, r: (norm(x) + r).relu()):
+        leaves = [x.clone().requires_grad_(), r.clone().requires_grad_()]
+        gradients.append(torch.autograd.grad(tail(*leaves).square().sum(), [*leaves, *norm.parameters()]))
+    for ours, eager in zip(*gradients, strict=True):
+        assert relative_error(ours, eager) < 1e-12
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])

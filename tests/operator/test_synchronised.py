@@ -4,17 +4,20 @@ import os
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from oracle import FORMS, LAYOUTS, TOLERANCE, assert_close, problem, relative_error, run
 from torch import nn
 from torch.library import opcheck
 
 import resfused
 from resfused import reference
-from resfused.operator import ops, phases
+from resfused.operator import ops, phases, synchronised
 
 TESTS = Path(__file__).parents[1]
 SECONDS = 150
@@ -47,6 +50,69 @@ def test_processes(backend, processes, tmp_path):
             child.wait()
     told = "\n".join(f"process {rank}:\n{log.read_text()}" for rank, log in enumerate(logs))
     assert codes == [0] * processes, told
+
+
+@pytest.fixture
+def group_of_one():
+    """This process alone; its collectives change nothing."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+USES = {
+    "one use": lambda y, twin: y,
+    "two uses": lambda y, twin: 0.25 * y + 0.75 * twin,
+    "second use only": lambda y, twin: twin,
+}
+
+
+@pytest.mark.parametrize(("form", "uses"), [*product(FORMS, ["two uses"]), *product(FORMS[1:2], USES)])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_group_of_one(form, uses, backend, device, group_of_one):
+    """Both norms with their own numbers, gradients of both uses of the output, as in one process."""
+
+    def node(x, residual, own, residual_own=None):
+        twice = uses != "one use"
+        return USES[uses](*synchronised.normalise_add_relu(x, residual, own, residual_own, group_of_one, twice))
+
+    def norm(mean, var, weight, bias, momentum, eps):
+        return synchronised.Norm(weight, bias, mean, var, momentum, eps)
+
+    def two(x, r, mean, var, r_mean, r_var, weight, bias, r_weight, r_bias, training, **numbers):
+        momentum, eps, *residual_numbers = numbers.values()
+        own = norm(mean, var, weight, bias, momentum, eps)
+        return node(x, r, own, norm(r_mean, r_var, r_weight, r_bias, *residual_numbers))
+
+    implementation = SimpleNamespace(
+        batch_norm_relu=lambda x, *vectors, momentum, eps: node(x, None, norm(*vectors[:4], momentum, eps)),
+        batch_norm_add_relu=lambda x, r, *vectors, momentum, eps: node(x, r, norm(*vectors[:4], momentum, eps)),
+        batch_norm_add_batch_norm_relu=two,
+    )
+    p = problem(form, (4, 3, 5, 2), torch.float64, device)
+    with resfused.use_backend(backend):
+        assert_close(run(implementation, p), run(reference, p), 1e-12)
+
+
+def test_a_group_without_values(group_of_one):
+    own = synchronised.Norm(None, None, None, None, 0.1, 1e-5)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        synchronised.normalise_add_relu(torch.empty(0, 3, 2), None, own, None, group_of_one)
+
+
+def test_merge_of_processes():
+    """Against Chan's formula in float64: the mean within a unit in the last place, where it is far over std."""
+    counts = torch.tensor([7.0, 3.0, 0.0, 11.0, 1.0]).view(-1, 1, 1)
+    stats = torch.rand(5, 4, 64) * 100
+    stats[:, 0::2] += 1e4
+    stats[2] = 0
+    total, means, m2s = synchronised._merge(counts, stats)
+    assert total == 22
+    c, m, m2 = counts.double(), stats[:, 0::2].double(), stats[:, 1::2].double()
+    exact = (c * m).sum(0) / 22
+    # From 2^13 to 2^14 a float32 has 2^-10 to the next.
+    assert (means.double() - exact).abs().max() < 2**-10
+    assert relative_error(m2s, (m2 + c * (m - exact).square()).sum(0)) < 1e-6
 
 
 def affine(p):

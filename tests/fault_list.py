@@ -1,0 +1,338 @@
+"""Deliberate faults by name, for each file and the tests that should see them: code in which «this becomes→that».
+
+The code stands exactly once in its file. Files and tests are named without their folders, tests as pytest takes them.
+"""
+
+LOOPS = "test_functional.py::test_values_when_every_loop_turns"
+VALUES = "test_functional.py::test_values"
+DTYPES = "test_functional.py::test_two_dtypes_promote_as_in_eager"
+ONE_LAUNCH = "test_one_launch.py::test_values"
+MEMORY = "test_memory.py::test_outputs_whole_and_surroundings_untouched"
+RAGGED = "test_memory.py::test_a_ragged_last_slice_writes_nothing_beside_it"
+KINK = "test_accuracy.py::test_no_gradient_at_exact_zero"
+NAN = "test_accuracy.py::test_nan_and_inf_stand_where_eager_has_them"
+SECOND = "test_gradients.py::test_gradient_penalty"
+CREATE_GRAPH = "test_gradients.py::test_create_graph_changes_no_gradient"
+OPCHECK = "test_compile.py::test_opcheck_of_two_dtypes"
+ONE_PROCESS = "test_synchronised.py::test_a_group_of_one"
+MERGE = "test_synchronised.py::test_merge_of_processes"
+PROCESSES = "'test_synchronised.py::test_processes[torch-2]'"
+REASONS = "test_fuse.py::test_left_alone_with_the_reason"
+REPLACED = "test_fuse_hooks.py::test_replaced_after_fuse"
+TWO = "-k 'not norm+relu and not add+relu'"
+TWO_TRAINING = "-k 'training and not norm+relu and not add+relu'"
+TWO_FROZEN = "-k 'frozen and not norm+relu and not add+relu'"
+MIDDLE = "-k add+relu"
+FROZEN = "-k frozen"
+FUSE = "test_fuse.py"
+HOOKS = "test_fuse_hooks.py"
+
+# fmt: off
+BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
+    ("tile.py", f"{LOOPS} {TWO_TRAINING}"): {
+        "count of lanes beyond the last tile": "« & (tile < walk.tiles)→»).to",
+        "tile's first position forgotten": "(group * C + c0) * S« + s0→»",
+        "channels_last tile's first channel forgotten": "(group * S + s0) * C« + c0→»",
+        "a partial result beyond the last": "entry <«→=» programs * PLANE",
+        "blocks reversed one too far": ") - «1 - →»channel_block",
+        "program and block exchanged":
+            "return Walk(tl.program_id(0) «// programs, tl.program_id(0) %→% programs, tl.program_id(0) //» programs,"},
+    ("tile.py", VALUES): {
+        "M2 with the old mean twice": "m2 += delta * «tl.where(inside, value - mean, 0)→delta»",
+        "lanes' M2 without the spread of their means": "tl.sum(m2 + «→0 * »deviation",
+        "weight without rstd": "scale = «r * →»tl.load(",
+        "order reversed one too far": "return tiles - «1 - →»step"},
+    ("tile.py", MEMORY): {
+        "one position beyond the end": "<«→=» tl.minimum(left, BLOCK_S)",
+        "one channel beyond the end": "c <«→=» tl.minimum(C - c0, BLOCK_C)",
+        "one vector element beyond the end": "return c, c <«→=» C"},
+    ("tile.py", f"{VALUES} {MIDDLE}"): {
+        "mask bits in another order": ".to(tl.int32)[:, :, None] >> «→7 - »tl.arange(0, 8)",
+        "mask's last bit lost": "return «tl.sum(bits, axis=2→(tl.sum(bits, axis=2) & 127»).to(tl.uint8)",
+        "mask's ragged byte lost": "«tl.cdiv(walk.S, 8)→walk.S // 8»",
+        "channels_last mask's ragged byte lost": "«tl.cdiv(walk.C, 8)→walk.C // 8»"},
+    ("tile.py", f"{VALUES} {FROZEN}"): {"frozen without eps": "r = 1 / tl.sqrt(r« + EPS→»)"},
+    ("tile.py", "test_accuracy.py::test_the_mean_is_exact_to_rounding"): {
+        "merge of lanes without the mean's correction":
+            "«    centre += tl.sum((mean - by_channel(centre, CHANNELS_LAST)) * share, axis=AXIS) / total\n→»"},
+    ("tile.py", "test_accuracy.py::test_outputs_are_rounded_to_nearest"): {
+        "truncated, not rounded": "rounded = «(bits + 0x7FFF + ((bits >> 16) & 1))→bits»"},
+    ("tile.py", "test_functional.py::test_a_variance_that_overflows_is_infinite"): {
+        "0·Inf in the merge of lanes": "deviation * «(deviation * share)→deviation * share»"},
+    ("statistics.py", f"{LOOPS} {TWO_TRAINING}"): {
+        "second tile read at the first": "tl.load(x + «next_start→start» + local",
+        "a tile beyond the last": "next_inside &= following <«→=» walk.tiles",
+        "merge weighs with the whole count": "share * «(count - added)→count»[:, None]",
+        "merge without its later programs": "range(0, «programs * merging.PLANE→merging.BLOCK_P»,",
+        "merge adds means whole": "        mean += delta« * share→»\n",
+        "second norm takes a tile twice": "welford(«next_residual_value→residual_value», next"},
+    ("statistics.py", VALUES): {
+        "biased by one value": "1 / tl.sqrt(m2 / «M→(M - 1)» + EPS)",
+        "biased running variance": "m2 / «(M - 1)→M», running.momentum"},
+    ("statistics.py", f"{VALUES} {TWO}"): {
+        "second norm's mean where M2 belongs": "partials + «2→3» * row + walk.program * walk.C + c, centre",
+        "first eps for the second norm": "- channel_blocks, «RESIDUAL_EPS→EPS»",
+        "first running mean for both norms": "Running(«residual_running_mean→running_mean», residual_running_var"},
+    ("statistics.py", ONE_LAUNCH): {
+        "counts of every block in one place": "walk.«channel_block * walk.programs + walk.→»program, total"},
+    ("statistics.py", "test_accuracy.py::test_running_statistics_to_the_bit"): {
+        "momentum of the old value": "«(1 - factor) * old + factor→factor * old + (1 - factor)» * new"},
+    ("statistics.py", "test_accuracy.py::test_momentum_is_not_rounded_to_float32"): {
+        "momentum's low part not passed": "return high, «norm.momentum - high→0.0»",
+        "momentum's low part not added": "« + tl.cast(momentum_rest, new.dtype)→»"},
+    ("statistics.py", MEMORY): {"no room for the counts": "(2 * call.norms * call.g.columns« + channel_blocks→»)"},
+    ("statistics.py", "test_functional.py::test_a_variance_that_overflows_is_infinite"): {
+        "0·Inf in the merge of programs":
+            "delta * «(delta * share * (count - added)[:, None])→delta * share * (count - added)[:, None]»"},
+    ("normalise.py", f"{VALUES} {MIDDLE}"): {
+        "shortcut subtracted": "            z «+→-»= s\n",
+        "mask inverted": "pack_bits(«~→»off)"},
+    ("normalise.py", f"{VALUES} {FROZEN}"): {"running variance taken for rstd": "FROZEN=«stats is None→False»"},
+    ("normalise.py", f"{VALUES} {TWO_FROZEN}"): {
+        "first eps for a frozen second norm": "RESIDUAL_EPS=call.«second→norm».eps"},
+    ("normalise.py", KINK): {"mask passes at zero": "off = z <«=→» 0"},
+    ("normalise.py", NAN): {"NaN becomes zero": "off = «z <= 0→~(z > 0)»"},
+    ("reduce.py", f"{LOOPS} {TWO_TRAINING}"): {"sums without their earlier programs": "total «+→»= tl.load(partials"},
+    ("reduce.py", VALUES): {
+        "x̂ without rstd": "tl.sum(sum_dz_x« * r→», axis",
+        "sign of the weight's gradient": "store(out.weight + c, «→-»value"},
+    ("reduce.py", f"{VALUES} {TWO}"): {
+        "ŝ with the first rstd": "r = load_rstd(«second→norm», c,",
+        "second weight's gradient not stored": "«store(out.residual_weight + c, value, c_inside)→pass»"},
+    ("reduce.py", f"{VALUES} {FROZEN}"): {"frozen gradient is dz": "dz« * scale→», inside"},
+    ("reduce.py", f"{VALUES} {TWO_FROZEN}"): {
+        "frozen second gradient with the first weight": "dz * «residual_scale→scale», inside",
+        "first eps for the frozen second gradient": "RESIDUAL_EPS=call.eps[«1→0»]"},
+    ("reduce.py", "test_sequential.py::test_chain_of_four"): {
+        "fork's gradient lost": "total += «→0 * »tl.load(gradient.dy_fork"},
+    ("reduce.py", KINK): {"gradient at zero": "on = ~(z <«=→» 0)"},
+    ("reduce.py", NAN): {"no gradient at NaN": "on = «~(z <= 0)→z > 0»"},
+    ("reduce.py", "test_accuracy.py::test_nan_gradient_is_stopped_by_a_closed_relu"): {
+        "infinite gradient times zero": "«tl.where(on & inside, dy, 0→dy * (on & inside»)"},
+    ("apply.py", VALUES): {
+        "mean of dz forgotten": "dz - «mean_dz - →»centred",
+        "mean over one value less": "other=0) / «sums.M→(sums.M - 1)»"},
+    ("apply.py", "test_sequential.py::test_chain_of_four"): {
+        "fork's gradient twice": "((dz, «None→call.gradients[1]») if is_dz else"},
+    ("apply.py", DTYPES): {"dx from a rounded dz": "dz is not None« and dz.dtype is call.gradients[0].dtype→»"},
+    ("forward.py", ONE_LAUNCH): {"first eps for the second norm in one launch": "channel_block, «RESIDUAL_EPS→EPS»"},
+    ("forward.py", f"{MEMORY} -k one"): {"forward's counters not cleared": "x.«new_zeros→new_empty»(launch.counters"},
+    ("forward.py", RAGGED): {"forward's last slice one block too long": "if channel_block <«→=» channel_blocks"},
+    ("forward.py", DTYPES): {"result in the input's dtype": "«torch.promote_types(x.dtype, residual.dtype)→x.dtype»"},
+    ("backward.py", ONE_LAUNCH): {"dy taken for dz in one launch": "walk, «False→True», order"},
+    ("backward.py", DTYPES): {
+        "dz rounded to the input's dtype": "        dz = torch.empty_like(call.x«, dtype=residual_dtype→»)\n    elif"},
+    ("backward.py", f"{MEMORY} -k one"): {"backward's counters not cleared": "x.«new_zeros→new_empty»(launch.counters"},
+    ("backward.py", RAGGED): {"backward's last slice one block too long": "if channel_block <«→=» channel_blocks"},
+    ("launching.py", f"{VALUES} {TWO_FROZEN}"): {
+        "first norm's mean for a frozen second": "(«residual_norm→norm».running_mean, residual_norm.running_var) if"},
+    ("launching.py", DTYPES): {
+        "float64 residual computed in float32": "geometry(x), accumulator(x«, residual→»)",
+        "float64 gradient summed in float32": "accumulator(x, residual«, dy→»)"},
+    ("tickets.py", "test_one_launch.py::test_order_of_the_work"): {
+        "second phase before its first": "turn // 2« - 1→», (turn",
+        "last slice not normalised": "turn == 2 * slices« - 1→»",
+        "program and block of a ticket exchanged":
+            "within «% slice_blocks, within //→// slice_blocks, within %» slice_blocks"},
+    ("tickets.py", ONE_LAUNCH): {"merged by the first to arrive": 'sem="acq_rel") == «programs - 1→0»'},
+    ("geometry.py", f"{VALUES} -k 'training and 40'"): {
+        "M without the columns of a plane": "self.groups * self.positions« * self.plane→»"},
+    ("geometry.py", MEMORY): {"mask without its ragged bytes": "outer * («-(-self.inner // 8)→self.inner // 8»)"},
+    ("geometry.py", "test_functional.py::test_strides"): {
+        "another layout taken for the input's": "return x if «matches→True» else"},
+    ("geometry.py", "test_functional.py::test_output_and_gradients_keep_the_layout"): {
+        "strided channels_last made contiguous": "x.«movedim(1, -1).contiguous().movedim(-1, 1→contiguous(»)"},
+    ("geometry.py", CREATE_GRAPH): {"mask unpacked in another layout": "if «g.channels_last and g.plane == 1→False»:"},
+    ("launch_table.py", "test_one_launch.py::test_ways_to_launch_may_not_change_between_forward_and_backward"): {
+        "one launch by columns": "return «g.plane == 1 and →»("},
+    ("launch_table.py", "test_one_launch.py::test_slices_follow_the_cache"): {
+        "two slices taken for one": "// («2 * →»g.values * reread)"},
+    ("ops.py", "test_functional.py::test_vectors_need_not_be_contiguous"): {
+        "strided statistics not written back": "«buffer.copy_(new→new.copy_(buffer»)"},
+    ("ops.py", "test_functional.py::test_running_statistics_change_between_forward_and_backward_is_an_error"): {
+        "autograd not told of new statistics": "«torch.autograd.graph.increment_version(buffer)→pass»"},
+    ("ops.py", OPCHECK): {
+        "fake output in the input's dtype": "«torch.promote_types(x.dtype, residual.dtype)→x.dtype»",
+        "fake residual gradient in the input's dtype":
+            "dtype = «residual_dtype if residual is None else residual→x».dtype"},
+    ("ops.py", "test_functional.py::test_shared_running_statistics_are_updated_one_after_the_other"): {
+        "shared statistics updated in one launch": "if «_share_statistics(norms)→False»"},
+    ("phases.py", "test_synchronised.py::test_phases -k torch"): {
+        "plain M2 not centred": "_sum(«(value - _by_channel(mean, x))→value».square())",
+        "plain rstd forgotten": "rest« * _by_channel(own[1], t)→»"},
+    ("phases.py", ONE_PROCESS): {"plain fork's gradient lost": "dy« if dy_fork is None else dy + dy_fork→»"},
+    ("synchronised.py", ONE_PROCESS): {
+        "first eps for the second synchronised norm": "/ total + «n→every[0]».eps",
+        "first momentum for the second synchronised norm": "means[i], «n→every[0]».momentum",
+        "biased synchronised variance": "m2s[i] / «(total - 1)→total»",
+        "synchronised mean of dz is its sum": "mask, stats, sums« / total→»,",
+        "synchronised gradient of the second use lost": "dy, dy_fork = «dy_fork→None», None",
+        "synchronised residual's gradient lost": "dx, dresidual« if dz is None else dz→»"},
+    ("synchronised.py", "test_synchronised.py::test_a_group_without_values"): {
+        "empty batches everywhere let through": "total.item() «==→<» 0"},
+    ("synchronised.py", MERGE): {
+        "merge of processes without the mean's correction": "«    mean = mean + ((means - mean) * shares).sum(0)\n→»",
+        "merge of processes without their counts": "(m2s + «counts * →»(means",
+        "merge of processes without their means": "counts * «(means - mean).square()→0»"},
+    ("synchronised.py", PROCESSES): {"sums of one process": "«dist.all_reduce(sums, group=ctx.process_group)→pass»"},
+    ("norms.py", "test_norms.py::test_training_then_eval"): {
+        "counted twice": "counter.add_(«1→2»)",
+        "cumulative average without this batch": "1.0 / «(float(counter) +→max(float(counter),» 1.0)"},
+    ("norms.py", "test_norms.py::test_a_failed_call_changes_no_buffer"): {
+        "counted before the checks": "    process_group = _process_group(norm)\n    «→_count(norm)\n    »check_call"},
+    ("norms.py", "test_norms.py::test_tracking_switched_off_after_construction"): {
+        "buffers used though not tracked": "if «norm.training and not norm.track_running_stats→False»:",
+        "counted though not tracked": "if norm.training «and norm.track_running_stats →»else"},
+    ("norms.py", "test_norms.py::test_norms_in_two_modes"): {"two modes in one node": "return« same_mode and→»"},
+    ("norms.py", "test_norms.py::test_hooks_see_what_they_would_see"): {
+        "forward hook unseen": "module.«_forward_hooks\n        or module._forward_pre_hooks→_forward_pre_hooks»"},
+    ("norms.py", f"{HOOKS}::test_pre_hooks_that_change_the_input"): {
+        "forward-pre hook unseen": "«        or module._forward_pre_hooks\n→»"},
+    ("norms.py", f"{HOOKS}::test_a_lone_backward_hook"): {
+        "full backward hook unseen": "«        or module._backward_hooks\n→»",
+        "full-backward-pre hook unseen": "«        or module._backward_pre_hooks\n→»"},
+    ("norms.py", f"{HOOKS}::test_a_call_of_its_own"): {
+        "module.compile unseen": "«        or module._compiled_call_impl is not None\n→»",
+        "a class's own call unseen": "«        or type(module).__call__ is not nn.Module.__call__\n→»"},
+    ("norms.py", "test_synchronised.py::test_conversion"): {
+        "mode lost in conversion": '"num_batches_tracked"«, "training"→»)'},
+    ("norms.py", PROCESSES): {
+        "two process groups in one node": "«_process_group(norm) is _process_group(residual_norm)→True»"},
+    ("norms.py", "test_norms.py::test_tail_of_one_norm_twice_takes_the_input_first"): {
+        "a norm as its own second": "« or norm is residual_norm→»:"},
+    ("dispatch.py", "test_functional.py::test_any_subset_of_gradients"): {
+        "parameters' gradients not asked for":
+            "«any(t is not None and t.requires_grad for t in differentiable)→input.requires_grad»"},
+    ("dispatch.py", "test_fuse_training.py::test_torch_func"): {
+        "torch.func not seen": "«torch._C._are_functorch_transforms_active() or →»"},
+    ("dispatch.py", "test_fuse_training.py::test_forward_mode_derivatives"): {
+        "forward mode not seen": "forward_ad._current_level >«=→» 0"},
+    ("function.py", "test_sequential.py::test_only_one_half_has_a_gradient"): {
+        "forked half's gradient lost": "dy, dy_fork = «dy_fork→None», None"},
+    ("function.py", "test_sequential.py::test_second_derivative"): {
+        "fork's gradient lost in second derivatives": "dy« if dy_fork is None else dy + dy_fork→», wanted"},
+    ("function.py", SECOND): {
+        "second derivatives pass a closed ReLU": "«~(z.detach() <= 0)→z.detach() <= 0»",
+        "no second derivatives": "«torch.is_grad_enabled() and not torch.compiler.is_compiling()→False»"},
+    ("function.py", CREATE_GRAPH): {
+        "first eps for the second norm's second derivatives":
+            "outputs.append(batch_norm(residual, second«→._replace(eps=own_norm(norms).eps)»))",
+        "infinite gradient times zero in second derivatives": "«torch.where(on, dy, 0)→dy * on»",
+        "NaN closed in second derivatives": "«~(z.detach() <= 0)→z.detach() > 0»",
+        "gradient at zero in second derivatives": "«~(z.detach() <= 0)→z.detach() >= 0»"},
+    ("arguments.py", "test_errors.py"): {
+        "residual of another shape": "if residual.«shape != input.shape→numel() != input.numel()»",
+        "second norm's vectors judged by the input": "_check_norm(«residual→input», residual_norm,",
+        "second norm without statistics in evaluation": "residual_norm, «training→True», prefix",
+        "running_mean alone": "is None) «!=→>» (",
+        "float32 vectors of a float64 input": "in (torch.float16, torch.bfloat16«→, torch.float64»)",
+        "one value per channel": "«input.numel() == input.shape[1] > 0→False»",
+        "a vector's size": "if «tensor.numel() != channels→False»",
+        "eps just below zero": "eps < «0→-1»:",
+        "running_var that requires a gradient":
+            'if «→name == "running_mean" and »tensor is not None and tensor.requires_grad'},
+    ("backend.py", "test_backend.py::test_forcing_pytorch_gives_the_reference"): {
+        "backend kept after the with block": "        «set_backend(before)→pass»"},
+    ("backend.py", "test_backend.py::test_plain_cpu_takes_pytorch"): {
+        "kernels on a plain CPU": ".«INTERPRETED→__name__»"},
+    ("blocks.py", "test_sequential.py::test_a_hook_inside_a_block_sees_the_whole_gradient"): {
+        "hook inside a block sees half a gradient": "«any(map(is_watched, module.modules())→is_watched(module»)"},
+    ("blocks.py", "test_sequential.py::test_other_modules_and_copies"): {
+        "subclass's own forward not run": "« or type(module).forward is not ForkedBlock.forward→»"},
+    ("blocks.py", "test_sequential.py::test_output_used_elsewhere"): {"wrong half handed on": "pair = y, «y→pair[1]»"},
+    ("calls.py", f"{FUSE}::test_two_functional_norms_that_differ"): {
+        "two modes in one call": "« or other[5] != training→»",
+        "broadcast addends in one call": "«other[0].shape != input.shape or →»"},
+    ("calls.py", f"{FUSE}::test_addition_in_place_keeps_its_dtype"): {
+        "sum in place in the wider dtype": "    if «kept is None→True»:\n"},
+    ("calls.py", f"{FUSE}::test_every_way_to_write_an_addition -k broadcast"): {
+        "broadcast residual in the kernels": "    if «residual.shape != input.shape→False»:\n        y = F.relu(norm"},
+    ("fuse.py", f"{HOOKS}::test_fuse_again_with_a_narrower_filter"): {
+        "earlier fusion left": "    «unfuse_(model)\n    →»for"},
+    ("fuse.py", f"{FUSE}::test_wrong_arguments_change_nothing"): {
+        "compiled model fused": "«module._compiled_call_impl is not None→False»"},
+    ("tracing.py", f"{REASONS} -k random"): {
+        "random numbers taken for constants": "if «random.getstate() != state→False»",
+        "tensors of no input let through": "if «→False and »not any(isinstance(value, fx.Proxy)"},
+    ("tracing.py", f"{FUSE}::test_code_that_differs_in_training"): {"mode not traced": "«value = self.training→pass»"},
+    ("tracing.py", f"{FUSE}::test_addition_in_place_keeps_its_dtype"): {
+        "addition in place taken for another": 'getattr(operator, «f"i{_name}"→_name, operator.add»)'},
+    ("tracing.py", f"{FUSE}::test_a_list_changed_in_place"): {"list read by reference": "«copy.deepcopy(value)→value»"},
+    ("tracing.py", f"{FUSE}::test_reads_of_objects_are_refused"): {
+        "objects taken for constants": "if «not _is_constant(value)→False»"},
+    ("tracing.py", f"{REASONS} -k assignment"): {
+        "assignments let through":
+            '«raise UntraceableError(f"it assigns {name}"→object.__setattr__(module, name, value»)'},
+    ("tracing.py", REPLACED): {
+        "children of containers not noted": "yield «Container(path, tuple(module._modules)→from (»)"},
+    ("tracing.py", f"{HOOKS}::test_a_call_of_its_own"): {
+        "a class's own call traced too": "if «kind.__call__ is not nn.Module.__call__→False»"},
+    ("fused_forward.py", f"{FUSE}::test_true_is_not_one"): {
+        "True taken for 1": "«type(found) is not type(value) or →»",
+        "[True] taken for [1]": "«isinstance(value, _CONTAINERS)→False» and repr(found)"},
+    ("fused_forward.py", REPLACED): {
+        "children not compared": "«tuple(container._modules) != names→False»",
+        "classes not compared": "if «not all(is_still(module, kind) for kind in self.kinds)→False»",
+        "norms not compared": "return «→True or »all(norm is not None and is_norm"},
+    ("fused_forward.py", f"{HOOKS}::test_replaced_by_what_keeps_its_input"): {
+        "hooks on readers not looked for": "if «→False and »not all(is_still(self.module, reader) for"},
+    ("fused_forward.py", f"{HOOKS}::test_a_forward_hook_sees_what_it_sees_in_eager -k block"): {
+        "hooks on a block handed a pair not looked for": "not plan.paired« or is_watched(self.module)→»"},
+    ("fused_forward.py", f"{HOOKS}::test_global_hooks"): {
+        "global hooks not looked for": "if «_has_any_global_hook() or →»torch.jit"},
+    ("fused_forward.py", f"{HOOKS}::test_a_hook_after_unpickling"): {
+        "readers lost in pickling": "self.kinds, self.norms, «self.readers→()»,\n        )  # fmt",
+        "kinds lost in pickling": "«self.kinds→()», self.norms, self.readers,\n        )  # fmt"},
+    ("fused_forward.py", f"{HOOKS}::test_a_number_after_unpickling"): {
+        "reads lost in pickling": "self.takes_pair, «self.reads→()»,"},
+    ("fused_forward.py", f"{FUSE}::test_arguments_with_defaults"): {
+        "named arguments ignored": "if plan is None or «kwargs or →»len"},
+    ("fused_forward.py", "test_fuse_parallel.py::test_replicas_of_data_parallel"): {
+        "replica computes with the original": "«FusedForward(replica, self.plans, self.places).put_on()→pass»"},
+    ("fused_forward.py", f"{HOOKS}::test_a_hook_on_a_norm_that_reads_a_pair"): {
+        "hooked norm reads half a gradient": "is_norm(norm) «and not is_watched(norm) →»for norm"},
+    ("matching.py", f"{REASONS} -k twice"): {
+        "norm used twice": "not self.is_norm_call(node)« or len(node.users) != 1→»",
+        "sum used twice": "if pair is None« or len(source.users) != 1→»",
+        "norm called twice": "«or not is_called_once(self.graph, str(call.target))→»"},
+    ("matching.py", f"{FUSE}::test_filter"): {
+        "norm that filter_fn refuses": "«isinstance(norm, _BatchNorm) and not self.allowed(norm)→False»"},
+    ("matching.py", f"{FUSE}::test_an_identity_used_twice"): {
+        "identity used twice": "is_identity(self.module(node))« and len(node.users) == 1→»"},
+    ("matching.py", f"{FUSE}::test_a_change_in_place_between_norm_addition_and_relu"): {
+        "in place by argument": '« or bool(node.kwargs.get("inplace"))→»',
+        "changed between addition and ReLU": "if «self._mutations(addition, relu, {*passed})→False»",
+        "changed between norm and ReLU": "if «self._mutations(operand.norm, relu, pattern) and not alone→False»"},
+    ("matching.py", f"{REASONS} -k place"): {
+        "addition in place to what others hold": "if not any(operands)« or self._changes_others(addition, operands)→»"},
+    ("matching.py", f"{FUSE}::test_two_functional_norms_that_differ"): {
+        "functional and module norm in one call": "«self._is_functional(main) != self._is_functional(other)→False»"},
+    ("matching.py", f"{FUSE}::test_addition_in_place_keeps_its_dtype"): {
+        "dtype of a sum in place": 'return «"residual" if addition.args[0] is residual else "input"→None»'},
+    ("matching.py", f"{REASONS} -k scaled"): {"scaled addition": "len(node.args) != 2« or node.kwargs→»"},
+    ("matching.py", f"{HOOKS}::test_replaced_by_what_lets_the_input_change"): {
+        "known modules not noted": "«        self.relied_on.add(str(node.target))\n→»"},
+    ("planning.py", f"{FUSE}::test_code_that_differs_in_training"): {
+        "code of one mode for both": 'if «→True or »not any(name == "training" for'},
+    ("planning.py", f"{FUSE}::test_a_value_used_elsewhere_is_no_pair"): {
+        "value used elsewhere handed on": "maker is not None and« len(call.args[1].users) == 1 and→»"},
+    ("planning.py", f"{HOOKS}::test_inlined_modules"): {
+        "reads of inlined code not noted": "«draft.reads[moved[:2]] = moved→pass»",
+        "class of inlined code not noted": "draft.«kinds[path] = Kind(path, type(module))\n        draft.→»inlined",
+        "watched module inlined": "«is_watched(module) or →»_is_leaf(module)"},
+    ("planning.py", f"{FUSE}::test_own_forward_of_an_instance_is_left"): {
+        "own forward replaced": 'if «"forward" in module.__dict__→False» and not'},
+    ("pairs.py", f"{FUSE}::test_a_pair_is_not_changed_in_place"): {
+        "pair changed in place": "return []« if user.args[0] is not node else None→»"},
+    ("pairs.py", f"{HOOKS}::test_the_fused_chain_is_what_these_tests_take_it_for"): {
+        "second half handed to nobody": "        «last.replace_input_with(x, shortcut)→pass»"},
+    ("reasons.py", f"{FUSE}::test_filter"): {
+        "filter's refusal not told": 'return "«filter_fn refuses it→»"',
+        "fused norms told as left": "and« name not in done and→»"},
+    ("report.py", f"{FUSE}::test_report_counts_norms"): {
+        "places counted for norms": "_counted(len(self.«norms→fused») + len(self.left)"},
+    ("report.py", f"{FUSE}::test_report_counts_pairs"): {"pairs not counted": "if «self.forked→False» else 0.0"},
+    ("report.py", f"{FUSE}::test_code_that_differs_in_training"): {
+        "evaluation counted as training": "if «not self.in_training→False»"},
+}
+# fmt: on
