@@ -48,7 +48,10 @@ def small_launches():
         yield
 
 
-@pytest.fixture(params=["separate launches", "one launch"])
+LAUNCHES = ("separate launches", "one launch")
+
+
+@pytest.fixture(params=LAUNCHES)
 def launches(request):
     """Both ways to launch a training node."""
     from resfused.kernels.gpu import launch_table

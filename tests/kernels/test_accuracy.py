@@ -4,22 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import LAUNCHES
+from covering import covering
 from oracle import FORMS, LAYOUTS, assert_close, in_layout, pre_activation, problem, relative_error, run
 
 import resfused.functional as fused
 from resfused import reference
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
-@pytest.mark.parametrize(
-    ("dtype", "parameter_dtype"),
-    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float16, torch.float16)],
-    ids=["bfloat16", "float16", "all float16"],
-)
-def test_low_precision_is_no_worse_than_twice_eager(form, layout, training, dtype, parameter_dtype, device, launches):
+@covering(
+    form=FORMS, layout=LAYOUTS, training=[True, False], launches=LAUNCHES, indirect=("launches",),
+    dtypes=[(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float16, torch.float16)],
+)  # fmt: skip
+def test_low_precision_is_no_worse_than_twice_eager(form, layout, training, dtypes, device, launches):
     """Against float64 on the same inputs, normwise, output and every gradient."""
+    dtype, parameter_dtype = dtypes
     p = problem(form, (4, 24, 7, 8), dtype, device, training=training, layout=layout, parameter_dtype=parameter_dtype)
     ours, eager, exact = run(fused, p), run(reference, p), run(reference, p, torch.float64)
     for name in exact:
@@ -36,8 +35,7 @@ def test_outputs_are_rounded_to_nearest(dtype, device):
     assert ((y - exact).abs() <= 1.001 * torch.finfo(dtype).eps / 2 * exact)[exact > 0.01].all()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("form", FORMS)
+@covering(form=FORMS, layout=LAYOUTS, launches=LAUNCHES, indirect=("launches",))
 def test_mean_far_over_std(form, layout, device, small_launches, launches):
     """Mean 1e4, std 1, where Σx² - (Σx)² keeps no digit of the variance in float32.
 
