@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import commands
 import pytest
 import triton
 from count import audit, machine_code
@@ -98,7 +98,8 @@ FILES = '.file 1 "kernel.py"\n'
 def compiled(architecture: str, shapes: tuple[tuple[int, ...], ...], tmp_path: Path) -> list[audit.Row]:
     """The rows of both layouts in bfloat16, all read back, from a process that compiles whatever this one does."""
     program = (
-        "import audit, json, sys; from dataclasses import asdict; architecture, shapes = json.loads(sys.argv[1]);"
+        "import json, sys; from dataclasses import asdict; from count import audit;"
+        "architecture, shapes = json.loads(sys.argv[1]);"
         "tasks = [audit.Task(architecture, 'bfloat16', l, tuple(map(tuple, shapes))) for l in audit.LAYOUTS];"
         "rows, unread = (sum(part, []) for part in zip(*map(audit.rows_of, tasks)));"
         "print(json.dumps([[asdict(row) for row in rows], unread]))"
@@ -183,9 +184,7 @@ def test_what_cannot_be_read_is_no_failure(monkeypatch: pytest.MonkeyPatch, caps
     with pytest.raises(machine_code.UnreadableError, match="no access to a tile"):
         machine_code.tile_accesses("")
     monkeypatch.setattr(audit, "audit", lambda tasks, console: audit.Audit([GOOD], ["sm_90 normalise: [why]"]))
-    parser = argparse.ArgumentParser()
-    audit.add_arguments(parser)
-    assert audit.run(parser.parse_args(["--short"])) == 0
+    assert audit.run(commands.parser("").parse_args(["audit", "--short"])) == 0
     said = capsys.readouterr().out
     assert f"1 launches more not judged: what Triton {triton.__version__} makes" in said
     assert "sm_90 normalise: [why]" in said

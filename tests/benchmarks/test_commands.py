@@ -118,7 +118,7 @@ def test_nothing_is_taken_as_it_comes():
         (name, action.dest)
         for name, parser in parsers.items()
         for action in parser._actions
-        if action.nargs != 0 and action.choices is None and getattr(action.type, "__module__", "") != "arguments"
+        if action.nargs != 0 and action.choices is None and getattr(action.type, "__module__", "") != arguments.__name__
     }
     assert unchecked == {("train.py", "data"), ("train.py", "model"), ("science", "data"), ("report", "files")}
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from count import traffic
+from count import node_passes
 from measure import counters, kernel_profile
 from measure.network_timing import Workload
 from measure.spans import Span, busy, spans
@@ -56,10 +56,10 @@ def test_kinds_of_kernels(name, kind):
 def test_least_passes_are_those_that_are_counted(form):
     """Of every kernel, from its loads and stores; all traffic of activations is the least there is."""
     shape = (2, 64, 4, 4)
-    for way, least in ((traffic.SEPARATE, passes.SEPARATE_LAUNCHES), (traffic.ONE_LAUNCH, passes.ONE_LAUNCH)):
+    for way, least in ((node_passes.SEPARATE, passes.SEPARATE_LAUNCHES), (node_passes.ONE_LAUNCH, passes.ONE_LAUNCH)):
         counted = {}
-        for phase in (traffic.FORWARD, traffic.BACKWARD):
-            for launch in traffic.count_node(form, phase, way, "channels_last", torch.bfloat16, shape):
+        for phase in (node_passes.FORWARD, node_passes.BACKWARD):
+            for launch in node_passes.count_node(form, phase, way, "channels_last", torch.bfloat16, shape):
                 name = launch.kernel.removeprefix("_").removesuffix("_kernel")
                 if not name.startswith("merge"):
                     counted[name] = launch.activation

@@ -100,7 +100,7 @@ def test_without_execute_nothing_runs() -> None:
 
 
 def test_kernels_that_are_not_interpreted_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder.kernels, "INTERPRETED", False)
+    monkeypatch.setattr("resfused.kernels.gpu.INTERPRETED", False)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), recorder.record():
         pass
 
