@@ -55,7 +55,7 @@ setup(
     package_data={"resfused": ["py.typed"], "resfused.kernels.gpu": ["launch_table.json"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
-        "torch>=2.13",
+        "torch>=2.11",
         # Triton has wheels for Linux only; elsewhere plain PyTorch operators run.
         "triton>=3.6; platform_system == 'Linux'",
     ],
