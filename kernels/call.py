@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .geometry import Geometry
+
 
 class Norm(NamedTuple):
     """One BatchNorm's tensors, each of shape (C,) or None, and numbers; no eps where nothing is to be normalised."""
@@ -42,3 +44,21 @@ def accumulator(*tensors: Tensor | None) -> torch.dtype:
 def needs_mask(residual: Tensor | None, residual_norm: Norm | None) -> bool:
     """Only a residual that is not saved for the backward hides the sign from it; else x and s give it again."""
     return residual is not None and residual_norm is None
+
+
+def outputs(
+    x: Tensor, residual: Tensor | None, residual_norm: Norm | None, g: Geometry, save_mask: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Room for y, and for its mask where one is to be saved and needed."""
+    y = torch.empty_like(x, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+    masked = save_mask and needs_mask(residual, residual_norm)
+    return y, x.new_empty(g.mask_numel, dtype=torch.uint8) if masked else None
+
+
+def parameter_gradients(norm: Norm, residual_norm: Norm | None, wanted: Gradients) -> list[Tensor | None]:
+    """Room for the wanted gradients of the parameters."""
+    second = (None, None) if residual_norm is None else (residual_norm.weight, residual_norm.bias)
+    return [
+        torch.empty_like(p, memory_format=torch.contiguous_format) if want and p is not None else None
+        for p, want in zip((norm.weight, norm.bias, *second), wanted[2:], strict=True)
+    ]

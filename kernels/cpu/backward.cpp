@@ -1,0 +1,311 @@
+// Backward of relu(norm(x) + s), for the storage KIND: channel sums of the gradient, their merge, the inputs' gradients.
+
+#include <algorithm>
+
+#include "entry.h"
+#include "partition.h"
+#include "storage.h"
+#include "vectors.h"
+
+namespace resfused {
+namespace {
+
+// Sums that a span over channels adds to, one a channel, and those of a span within one channel, in registers.
+template <class A, int SUMS>
+struct SumsByElement {
+  A* rows;
+  int64_t stride;
+  void open(int64_t i, Pack<A>* sums) const {
+    for (int row = 0; row < SUMS; row++) sums[row] = load(rows + row * stride + i);
+  }
+  void close(int64_t i, const Pack<A>* sums) const {
+    for (int row = 0; row < SUMS; row++) store(rows + row * stride + i, sums[row]);
+  }
+};
+template <class A, int SUMS>
+struct SumsOfChannel {
+  Pack<A> kept[SUMS];
+  void open(int64_t, Pack<A>* sums) const { std::copy_n(kept, SUMS, sums); }
+  void close(int64_t, const Pack<A>* sums) { std::copy_n(sums, SUMS, kept); }
+};
+
+template <class Kind, class Partition, int FORM>
+class Backward {
+  using A = typename Kind::A;
+  using Elements = typename Kind::Elements;
+  using Norms = typename Access<A, Partition>::Type;
+  static constexpr int kNorms = FORM == kNormedResidual ? 2 : 1;
+  // Of dz, dz (x - mean), and dz (residual - mean).
+  static constexpr int kSums = 1 + kNorms;
+
+ public:
+  Backward(const BackwardCall& call, const Partition& p)
+      : call_(call),
+        p_(p),
+        norm_(kNorms * kRowsOfNorm, call.shape.channels),
+        partials_(reduces() ? kSums * p.parts() : 0, call.shape.channels),
+        reads_dz_(call.dz && call.dz.dtype == call.dy.dtype &&
+                  (call.phases == kInputs || (call.phases == kAll && call.dy_fork && !p.channel_by_channel()))),
+        writes_early_(call.phases == kLocal || (call.dz && call.phases == kSums) ||
+                      (reads_dz_ && call.phases == kAll)),
+        past_(bytes() > call.machine.shared_cache) {}
+
+  __attribute__((noinline)) void prepare(int64_t block) {
+    each_channel(block, [&](int64_t c) {
+      for (int i = 0; i < kNorms; i++) {
+        fill(norm_, i, c, mean(i, c), rstd(i, c), norm(i));
+        if (call_.phases == kInputs) finish(i, c, stats_row(call_.sums, 0)[c], stats_row(call_.sums, 1 + i)[c]);
+      }
+    });
+  }
+
+  __attribute__((noinline)) void first(int64_t part, int64_t block) {
+    if (!reduces() && !writes_early_) return;
+    const int64_t first = block * p_.channels_each();
+    if constexpr (std::is_same_v<Partition, ChannelsLast>) {
+      SumsByElement<A, kSums> sums{reduces() ? partials_[part * kSums] : nullptr, partials_.stride()};
+      if (reduces()) std::fill_n(sums.rows, kSums * sums.stride, A(0));
+      if (writes_early_) {
+        p_.spans(part, block, [&](Span s) { sum_and_write(s, sums); });
+      } else {
+        p_.groups(part, [&](Span s) { sum<ChannelsLast::kGroup>(s, sums); }, [&](Span s) { sum<1>(s, sums); });
+      }
+    } else {
+      SumsOfChannel<A, kSums> sums[kChannels];
+      for (int64_t c = 0; c < p_.channels_in(block); c++) std::fill_n(sums[c].kept, kSums, zeros<A>());
+      p_.spans(part, block, [&](Span s) {
+        writes_early_ ? sum_and_write(s, sums[s.c - first]) : sum<1>(s, sums[s.c - first]);
+      });
+      for (int64_t c = 0; reduces() && c < p_.channels_in(block); c++) {
+        for (int row = 0; row < kSums; row++) {
+          partials_[part * kSums + row][first + c] = static_cast<A>(total(sums[c].kept[row]));
+        }
+      }
+    }
+    if (past_) fence();
+  }
+
+  __attribute__((noinline)) void merge(int64_t block) {
+    if (!reduces()) return;
+    double sums[kSums][kChannels] = {};
+    const int64_t first = block * p_.channels_each(), n = p_.channels_in(block);
+    for (int64_t part = 0; part < p_.parts(); part++) {
+      for (int row = 0; row < kSums; row++) {
+        const A* values = partials_[part * kSums + row] + first;
+        for (int64_t c = 0; c < n; c++) sums[row][c] += values[c];
+      }
+    }
+    for (int64_t c = 0; c < n; c++) {
+      double of_channel[kSums] = {sums[0][c]};
+      for (int i = 0; i < kNorms; i++) of_channel[1 + i] = sums[1 + i][c] * rstd(i, first + c);
+      found(first + c, of_channel);
+    }
+  }
+
+  __attribute__((noinline)) void second(int64_t part, int64_t block) {
+    const bool waiting = call_.dx || call_.dresidual || (call_.dz && !reads_dz_);
+    if (!waiting || call_.phases == kSums || call_.phases == kLocal) return;
+    p_.spans(part, block, [&](Span s) { apply(s); });
+    if (past_) fence();
+  }
+
+ private:
+  // Whether anything needs the sums.
+  bool reduces() const {
+    const bool parameters = call_.dweight || call_.dbias || call_.dresidual_weight || call_.dresidual_bias;
+    return call_.phases == kSums || (call_.phases != kInputs && parameters) ||
+           (call_.phases == kAll && (call_.dx || call_.dresidual));
+  }
+  A* stats_row(char* rows, int64_t row) const { return reinterpret_cast<A*>(rows) + row * call_.shape.channels; }
+  const Norm& norm(int i) const { return i == 0 ? call_.norm : call_.residual_norm; }
+  A mean(int i, int64_t c) const {
+    return call_.stats != nullptr ? stats_row(call_.stats, 2 * i)[c] : read<A>(norm(i).running_mean, c);
+  }
+  A rstd(int i, int64_t c) const {
+    if (call_.stats != nullptr) return stats_row(call_.stats, 2 * i + 1)[c];
+    return rstd_of<A>(read<A>(norm(i).running_var, c), norm(i).eps);
+  }
+  // All that the last phase moves.
+  int64_t bytes() const {
+    int64_t each = Elements(call_.dy).element_size() + Elements(call_.x).element_size();
+    for (const Tensor* t : {&call_.dy_fork, &call_.residual, &call_.dx, &call_.dz, &call_.dresidual}) {
+      if (*t) each += Elements(*t).element_size();
+    }
+    return call_.shape.numel() * each;
+  }
+
+  template <class Visit>
+  void each_channel(int64_t block, Visit visit) const {
+    for (int64_t c = 0; c < p_.channels_in(block); c++) visit(block * p_.channels_each() + c);
+  }
+
+  // A channel's sums: of dz, and of dz times each normalised input.
+  void found(int64_t c, const double* sums) {
+    if (call_.sums != nullptr) {
+      for (int row = 0; row < kSums; row++) stats_row(call_.sums, row)[c] = static_cast<A>(sums[row]);
+    }
+    if (call_.dbias) write<A>(call_.dbias, c, sums[0]);
+    if (call_.dweight) write<A>(call_.dweight, c, sums[1]);
+    if (call_.dresidual_bias) write<A>(call_.dresidual_bias, c, sums[0]);
+    if (FORM == kNormedResidual && call_.dresidual_weight) write<A>(call_.dresidual_weight, c, sums[kSums - 1]);
+    const double values = static_cast<double>(call_.shape.values());
+    for (int i = 0; i < kNorms; i++) finish(i, c, sums[0] / values, sums[1 + i] / values);
+  }
+
+  // weight rstd (dz - mean_dz - x̂ mean_dz_x) as two multiply-adds of dz and x - mean.
+  void finish(int i, int64_t c, double mean_dz, double mean_dz_x) {
+    const int row = i * kRowsOfNorm;
+    const double scale = norm_[row + kScale][c];
+    norm_[row + kSlope][c] = static_cast<A>(-scale * rstd(i, c) * mean_dz_x);
+    norm_[row + kOffset][c] = static_cast<A>(-scale * mean_dz);
+  }
+
+  // What a span reads: of the gradient dz, where ``is_dz`` says so, or dy and perhaps its second half.
+  struct Inputs {
+    Elements x, residual, gradient, fork;
+    const uint8_t* mask;
+    bool is_dz;
+  };
+  Inputs inputs(Span s, bool is_dz) const {
+    const Tensor none{nullptr, call_.dy.dtype};
+    return {Elements(call_.x) + s.at,
+            Elements(call_.residual) + s.at,
+            Elements(is_dz ? call_.dz : call_.dy) + s.at,
+            Elements(is_dz ? none : call_.dy_fork) + s.at,
+            call_.mask == nullptr ? nullptr : call_.mask + s.bits,
+            is_dz};
+  }
+
+  // The inputs less their means, and the gradient of what the ReLU was taken of: dy where it let z through. A select,
+  // as 0 times infinity would be NaN.
+  struct Step {
+    Pack<A> centred[kNorms], dz;
+  };
+  template <class N>
+  static Step step(const Inputs& in, int64_t row, int64_t mask_row, int64_t i, N some, const Norms& norms) {
+    Step s;
+    s.centred[0] = in.x.load(row + i, some) - norms.get(kMean, i);
+    if constexpr (kNorms == 2) {
+      s.centred[1] = in.residual.load(row + i, some) - norms.get(kRowsOfNorm + kMean, i);
+    }
+    s.dz = in.gradient.load(row + i, some);
+    if (in.is_dz) return s;
+    if (in.fork) s.dz = s.dz + in.fork.load(row + i, some);
+    if constexpr (FORM == kResidual) {
+      s.dz = keep(lanes_of<A>(load_bits<A>(in.mask + mask_row, i, some)), s.dz);
+    } else {
+      Pack<A> z = affine(s.centred[0], norms.get(kScale, i), norms.get(kShift, i));
+      if constexpr (kNorms == 2) {
+        z = z + affine(s.centred[1], norms.get(kRowsOfNorm + kScale, i), norms.get(kRowsOfNorm + kShift, i));
+      }
+      s.dz = keep(passes(z), s.dz);
+    }
+    return s;
+  }
+
+  // Where a span's gradients go: ``past`` the caches where they are large and lie on whole lines.
+  struct Outputs {
+    Elements dz, dx, dresidual;
+    bool past_dz, past_dx, past_dresidual;
+  };
+  Outputs outputs(Span s, bool dz, bool inputs) const {
+    const Tensor none{nullptr, call_.dy.dtype};
+    const Elements z = Elements(dz ? call_.dz : none) + s.at, x = Elements(inputs ? call_.dx : none) + s.at,
+                   r = Elements(inputs ? call_.dresidual : none) + s.at;
+    return {z, x, r, past_ && z.aligned(), past_ && x.aligned(), past_ && r.aligned()};
+  }
+
+  // The sums of as many spans one below the other.
+  template <int SPANS, class Sums>
+  void sum(Span s, Sums& sums) const {
+    const Inputs in = inputs(s, false);
+    const Norms norms(norm_, s.c);
+    const int64_t stride = p_.stride(), mask_stride = p_.mask_stride();
+    walk<A>(s.n, [&](int64_t i, auto some) {
+      Pack<A> sum[kSums];
+      sums.open(i, sum);
+      for (int r = 0; r < SPANS; r++) add(step(in, r * stride, r * mask_stride, i, some, norms), sum);
+      sums.close(i, sum);
+    });
+  }
+
+  static void add(const Step& found, Pack<A>* sum) {
+    sum[0] = sum[0] + found.dz;
+    for (int k = 0; k < kNorms; k++) sum[1 + k] = fma(found.dz, found.centred[k], sum[1 + k]);
+  }
+
+  // The sums of a span, where wanted, and the gradients that need none.
+  template <class Sums>
+  void sum_and_write(Span s, Sums& sums) const {
+    const Inputs in = inputs(s, false);
+    const Outputs out = outputs(s, true, call_.phases == kLocal);
+    const Norms norms(norm_, s.c);
+    const bool sums_up = reduces();
+    walk<A>(s.n, [&](int64_t i, auto some) {
+      const Step found = step(in, 0, 0, i, some, norms);
+      if (sums_up) {
+        Pack<A> sum[kSums];
+        sums.open(i, sum);
+        add(found, sum);
+        sums.close(i, sum);
+      }
+      if (out.dz) out.dz.store(i, some, found.dz, out.past_dz);
+      if (out.dx) out.dx.store(i, some, found.dz * norms.get(kScale, i), out.past_dx);
+      if constexpr (kNorms == 2) {
+        if (out.dresidual) {
+          out.dresidual.store(i, some, found.dz * norms.get(kRowsOfNorm + kScale, i), out.past_dresidual);
+        }
+      }
+    });
+  }
+
+  // The gradients that waited for the sums.
+  void apply(Span s) const {
+    const Inputs in = inputs(s, reads_dz_);
+    const Outputs out = outputs(s, call_.phases == kAll && !reads_dz_, true);
+    const Norms norms(norm_, s.c);
+    const auto input_gradient = [&](const Step& found, int k, int64_t i) {
+      const int row = k * kRowsOfNorm;
+      const Pack<A> rest = fma(found.centred[k], norms.get(row + kSlope, i), norms.get(row + kOffset, i));
+      return fma(found.dz, norms.get(row + kScale, i), rest);
+    };
+    walk<A>(s.n, [&](int64_t i, auto some) {
+      const Step found = step(in, 0, 0, i, some, norms);
+      if (out.dz) out.dz.store(i, some, found.dz, out.past_dz);
+      if (out.dx) out.dx.store(i, some, input_gradient(found, 0, i), out.past_dx);
+      if constexpr (kNorms == 2) {
+        if (out.dresidual) out.dresidual.store(i, some, input_gradient(found, 1, i), out.past_dresidual);
+      }
+    });
+  }
+
+  const BackwardCall& call_;
+  const Partition& p_;
+  Rows<A> norm_, partials_;
+  // Whether the last phase finds dz written: where that is less to read than two halves of dy.
+  const bool reads_dz_;
+  const bool writes_early_, past_;
+};
+
+template <class Kind, class Partition>
+void run_form(const BackwardCall& call) {
+  const Partition p(call.shape, call.machine, typename Kind::Elements(call.x).element_size());
+  const auto form = [&](auto f) {
+    Backward<Kind, Partition, decltype(f)::value> node(call, p);
+    run(node, p, call.shape.numel() < kGrain ? 1 : call.machine.threads);
+  };
+  switch (call.form) {
+    case kNothing: return form(std::integral_constant<int, kNothing>{});
+    case kResidual: return form(std::integral_constant<int, kResidual>{});
+    default: return form(std::integral_constant<int, kNormedResidual>{});
+  }
+}
+
+}  // namespace
+
+template <>
+void backward<KIND>(const BackwardCall& call) {
+  call.shape.channels_last ? run_form<KIND, ChannelsLast>(call) : run_form<KIND, Contiguous>(call);
+}
+
+}  // namespace resfused
