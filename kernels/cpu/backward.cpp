@@ -29,20 +29,19 @@ struct SumsOfChannel {
   void close(int64_t, const Pack<A>* sums) { std::copy_n(sums, SUMS, kept); }
 };
 
-template <class Kind, class Partition, int FORM>
+template <class Kind, class Partition, int NORMS>
 class Backward {
   using A = typename Kind::A;
   using Elements = typename Kind::Elements;
   using Norms = typename Access<A, Partition>::Type;
-  static constexpr int kNorms = FORM == kNormedResidual ? 2 : 1;
   // Of dz, dz (x - mean), and dz (residual - mean).
-  static constexpr int kSums = 1 + kNorms;
+  static constexpr int kSums = 1 + NORMS;
 
  public:
   Backward(const BackwardCall& call, const Partition& p)
       : call_(call),
         p_(p),
-        norm_(kNorms * kRowsOfNorm, call.shape.channels),
+        norm_(NORMS * kRowsOfNorm, call.shape.channels),
         partials_(reduces() ? kSums * p.parts() : 0, call.shape.channels),
         reads_dz_(call.dz && call.dz.dtype == call.dy.dtype &&
                   (call.phases == kInputs || (call.phases == kAll && call.dy_fork && !p.channel_by_channel()))),
@@ -52,7 +51,7 @@ class Backward {
 
   __attribute__((noinline)) void prepare(int64_t block) {
     each_channel(block, [&](int64_t c) {
-      for (int i = 0; i < kNorms; i++) {
+      for (int i = 0; i < NORMS; i++) {
         fill(norm_, i, c, mean(i, c), rstd(i, c), norm(i));
         if (call_.phases == kInputs) finish(i, c, stats_row(call_.sums, 0)[c], stats_row(call_.sums, 1 + i)[c]);
       }
@@ -68,13 +67,13 @@ class Backward {
       if (writes_early_) {
         p_.spans(part, block, [&](Span s) { sum_and_write(s, sums); });
       } else {
-        p_.groups(part, [&](Span s) { sum<ChannelsLast::kGroup>(s, sums); }, [&](Span s) { sum<1>(s, sums); });
+        p_.groups(part, [&](Span s, int64_t rows) { sum(s, rows, sums); });
       }
     } else {
       SumsOfChannel<A, kSums> sums[kChannels];
       for (int64_t c = 0; c < p_.channels_in(block); c++) std::fill_n(sums[c].kept, kSums, zeros<A>());
       p_.spans(part, block, [&](Span s) {
-        writes_early_ ? sum_and_write(s, sums[s.c - first]) : sum<1>(s, sums[s.c - first]);
+        writes_early_ ? sum_and_write(s, sums[s.c - first]) : sum(s, 1, sums[s.c - first]);
       });
       for (int64_t c = 0; reduces() && c < p_.channels_in(block); c++) {
         for (int row = 0; row < kSums; row++) {
@@ -97,7 +96,7 @@ class Backward {
     }
     for (int64_t c = 0; c < n; c++) {
       double of_channel[kSums] = {sums[0][c]};
-      for (int i = 0; i < kNorms; i++) of_channel[1 + i] = sums[1 + i][c] * rstd(i, first + c);
+      for (int i = 0; i < NORMS; i++) of_channel[1 + i] = sums[1 + i][c] * rstd(i, first + c);
       found(first + c, of_channel);
     }
   }
@@ -147,9 +146,9 @@ class Backward {
     if (call_.dbias) write<A>(call_.dbias, c, sums[0]);
     if (call_.dweight) write<A>(call_.dweight, c, sums[1]);
     if (call_.dresidual_bias) write<A>(call_.dresidual_bias, c, sums[0]);
-    if (FORM == kNormedResidual && call_.dresidual_weight) write<A>(call_.dresidual_weight, c, sums[kSums - 1]);
+    if (NORMS == 2 && call_.dresidual_weight) write<A>(call_.dresidual_weight, c, sums[kSums - 1]);
     const double values = static_cast<double>(call_.shape.values());
-    for (int i = 0; i < kNorms; i++) finish(i, c, sums[0] / values, sums[1 + i] / values);
+    for (int i = 0; i < NORMS; i++) finish(i, c, sums[0] / values, sums[1 + i] / values);
   }
 
   // weight rstd (dz - mean_dz - x̂ mean_dz_x) as two multiply-adds of dz and x - mean.
@@ -179,23 +178,23 @@ class Backward {
   // The inputs less their means, and the gradient of what the ReLU was taken of: dy where it let z through. A select,
   // as 0 times infinity would be NaN.
   struct Step {
-    Pack<A> centred[kNorms], dz;
+    Pack<A> centred[NORMS], dz;
   };
   template <class N>
   static Step step(const Inputs& in, int64_t row, int64_t mask_row, int64_t i, N some, const Norms& norms) {
     Step s;
     s.centred[0] = in.x.load(row + i, some) - norms.get(kMean, i);
-    if constexpr (kNorms == 2) {
+    if constexpr (NORMS == 2) {
       s.centred[1] = in.residual.load(row + i, some) - norms.get(kRowsOfNorm + kMean, i);
     }
     s.dz = in.gradient.load(row + i, some);
     if (in.is_dz) return s;
     if (in.fork) s.dz = s.dz + in.fork.load(row + i, some);
-    if constexpr (FORM == kResidual) {
+    if (in.mask != nullptr) {
       s.dz = keep(lanes_of<A>(load_bits<A>(in.mask + mask_row, i, some)), s.dz);
     } else {
       Pack<A> z = affine(s.centred[0], norms.get(kScale, i), norms.get(kShift, i));
-      if constexpr (kNorms == 2) {
+      if constexpr (NORMS == 2) {
         z = z + affine(s.centred[1], norms.get(kRowsOfNorm + kScale, i), norms.get(kRowsOfNorm + kShift, i));
       }
       s.dz = keep(passes(z), s.dz);
@@ -216,22 +215,22 @@ class Backward {
   }
 
   // The sums of as many spans one below the other.
-  template <int SPANS, class Sums>
-  void sum(Span s, Sums& sums) const {
+  template <class Sums>
+  void sum(Span s, int64_t spans, Sums& sums) const {
     const Inputs in = inputs(s, false);
     const Norms norms(norm_, s.c);
     const int64_t stride = p_.stride(), mask_stride = p_.mask_stride();
     walk<A>(s.n, [&](int64_t i, auto some) {
       Pack<A> sum[kSums];
       sums.open(i, sum);
-      for (int r = 0; r < SPANS; r++) add(step(in, r * stride, r * mask_stride, i, some, norms), sum);
+      for (int64_t r = 0; r < spans; r++) add(step(in, r * stride, r * mask_stride, i, some, norms), sum);
       sums.close(i, sum);
     });
   }
 
   static void add(const Step& found, Pack<A>* sum) {
     sum[0] = sum[0] + found.dz;
-    for (int k = 0; k < kNorms; k++) sum[1 + k] = fma(found.dz, found.centred[k], sum[1 + k]);
+    for (int k = 0; k < NORMS; k++) sum[1 + k] = fma(found.dz, found.centred[k], sum[1 + k]);
   }
 
   // The sums of a span, where wanted, and the gradients that need none.
@@ -251,7 +250,7 @@ class Backward {
       }
       if (out.dz) out.dz.store(i, some, found.dz, out.past_dz);
       if (out.dx) out.dx.store(i, some, found.dz * norms.get(kScale, i), out.past_dx);
-      if constexpr (kNorms == 2) {
+      if constexpr (NORMS == 2) {
         if (out.dresidual) {
           out.dresidual.store(i, some, found.dz * norms.get(kRowsOfNorm + kScale, i), out.past_dresidual);
         }
@@ -273,7 +272,7 @@ class Backward {
       const Step found = step(in, 0, 0, i, some, norms);
       if (out.dz) out.dz.store(i, some, found.dz, out.past_dz);
       if (out.dx) out.dx.store(i, some, input_gradient(found, 0, i), out.past_dx);
-      if constexpr (kNorms == 2) {
+      if constexpr (NORMS == 2) {
         if (out.dresidual) out.dresidual.store(i, some, input_gradient(found, 1, i), out.past_dresidual);
       }
     });
@@ -290,15 +289,11 @@ class Backward {
 template <class Kind, class Partition>
 void run_form(const BackwardCall& call) {
   const Partition p(call.shape, call.machine, typename Kind::Elements(call.x).element_size());
-  const auto form = [&](auto f) {
-    Backward<Kind, Partition, decltype(f)::value> node(call, p);
+  const auto with = [&](auto norms) {
+    Backward<Kind, Partition, decltype(norms)::value> node(call, p);
     run(node, p, call.shape.numel() < kGrain ? 1 : call.machine.threads);
   };
-  switch (call.form) {
-    case kNothing: return form(std::integral_constant<int, kNothing>{});
-    case kResidual: return form(std::integral_constant<int, kResidual>{});
-    default: return form(std::integral_constant<int, kNormedResidual>{});
-  }
+  call.norms == 1 ? with(std::integral_constant<int, 1>{}) : with(std::integral_constant<int, 2>{});
 }
 
 }  // namespace

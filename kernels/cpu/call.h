@@ -7,9 +7,6 @@ namespace resfused {
 
 enum Dtype : int64_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
-// What s is in relu(norm(x) + s).
-enum Form : int64_t { kNothing, kResidual, kNormedResidual };
-
 struct Tensor {
   char* data;
   int64_t dtype;
@@ -30,18 +27,19 @@ struct Activation {
   int64_t numel() const { return values() * channels; }
 };
 
-// The threads to use; caches of this many bytes, of one core and of all.
+// The threads to use; bytes of the cache of one core, and of the last one.
 struct Machine {
   int64_t threads, core_cache, shared_cache;
 };
 
-// wanted: what a forward does; statistics are (mean, rstd[, mean, rstd]), or (mean, M2[, mean, M2]) for kMoments.
+// Where a forward has its statistics from, kMoments where it does nothing else. They are (mean, rstd[, mean, rstd]), or (mean, M2[, mean, M2]) for kMoments.
 enum Statistics : int64_t { kFromBatch, kMoments, kGiven, kRunning };
 
 struct ForwardCall {
   Activation shape;
   Machine machine;
-  int64_t form, statistics;
+  // Two where the residual has a norm of its own.
+  int64_t norms, statistics;
   Tensor x, residual, y;
   uint8_t* mask;
   char* stats;
@@ -55,7 +53,7 @@ enum Phases : int64_t { kAll, kSums, kInputs, kLocal };
 struct BackwardCall {
   Activation shape;
   Machine machine;
-  int64_t form, phases;
+  int64_t norms, phases;
   Tensor dy, dy_fork, x, residual, dz, dx, dresidual;
   uint8_t* mask;
   char* stats;

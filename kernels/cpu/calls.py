@@ -19,7 +19,6 @@ _NORM = "8q2d"
 _FORWARD = struct.Struct(f"=7q 2q 6q 2q {_NORM} {_NORM}")
 _BACKWARD = struct.Struct(f"=7q 2q 14q 3q {_NORM} {_NORM} 8q")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_NOTHING, _RESIDUAL, _NORMED_RESIDUAL = range(3)
 _FROM_BATCH, _MOMENTS, _GIVEN, _RUNNING = range(4)
 _ALL, _SUMS, _INPUTS, _LOCAL = range(4)
 
@@ -149,9 +148,9 @@ def _call_forward(
     norm: Norm,
     residual_norm: Norm | None,
 ) -> None:
-    form = _NOTHING if residual is None else _RESIDUAL if residual_norm is None else _NORMED_RESIDUAL
+    norms = 1 if residual_norm is None else 2
     record = _FORWARD.pack(
-        *_shape(g), *_machine(), form, statistics, *_tensor(x), *_tensor(residual), *_tensor(y), _address(mask),
+        *_shape(g), *_machine(), norms, statistics, *_tensor(x), *_tensor(residual), *_tensor(y), _address(mask),
         _address(stats), *_norm(norm), *_norm(residual_norm),
     )  # fmt: skip
     _run(_library().resfused_forward, record)
@@ -180,9 +179,9 @@ def _call_backward(
     acc = accumulator(x, residual, dy, dy_fork, dz)
     stats = None if stats is None else stats.to(acc).contiguous()
     sums = None if sums is None else sums.to(acc).contiguous()
-    form = _NORMED_RESIDUAL if residual_norm is not None else _NOTHING if mask is None else _RESIDUAL
+    norms = 1 if residual_norm is None else 2
     record = _BACKWARD.pack(
-        *_shape(plane_geometry(x)), *_machine(), form, phases,
+        *_shape(plane_geometry(x)), *_machine(), norms, phases,
         *_tensor(dy), *_tensor(dy_fork), *_tensor(x), *_tensor(residual), *_tensor(dz), *_tensor(dx),
         *_tensor(dresidual), _address(mask), _address(stats), _address(sums), *_norm(norm), *_norm(residual_norm),
         *(field for p in parameters for field in _tensor(p)),

@@ -11,19 +11,18 @@
 namespace resfused {
 namespace {
 
-template <class Kind, class Partition, int FORM>
+template <class Kind, class Partition, int NORMS>
 class Forward {
   using A = typename Kind::A;
   using Elements = typename Kind::Elements;
-  static constexpr int kNorms = FORM == kNormedResidual ? 2 : 1;
   // Mean, M2 and the pivot of each norm.
-  static constexpr int64_t kPartialRows = 3 * kNorms;
+  static constexpr int64_t kPartialRows = 3 * NORMS;
 
  public:
   Forward(const ForwardCall& call, const Partition& p)
       : call_(call),
         p_(p),
-        norm_(kNorms * kRowsOfNorm, call.shape.channels),
+        norm_(NORMS * kRowsOfNorm, call.shape.channels),
         partials_(takes_statistics() ? kPartialRows * p.parts() : 0, call.shape.channels),
         past_(bytes() > call.machine.shared_cache) {}
 
@@ -33,7 +32,7 @@ class Forward {
 
   __attribute__((noinline)) void first(int64_t part, int64_t block) {
     if (!takes_statistics()) return;
-    for (int i = 0; i < kNorms; i++) {
+    for (int i = 0; i < NORMS; i++) {
       const int64_t row = part * kPartialRows + 3 * i;
       moments(p_, part, block, Elements(i == 0 ? call_.x : call_.residual), partials_[row], partials_[row + 1],
               partials_[row + 2]);
@@ -43,7 +42,7 @@ class Forward {
   __attribute__((noinline)) void merge(int64_t block) {
     if (!takes_statistics()) return;
     double mean[kChannels], m2[kChannels];
-    for (int i = 0; i < kNorms; i++) {
+    for (int i = 0; i < NORMS; i++) {
       merge_moments(p_, block, partials_, 3 * i, kPartialRows, mean, m2);
       for (int64_t c = 0; c < p_.channels_in(block); c++) found(i, block * p_.channels_each() + c, mean[c], m2[c]);
     }
@@ -65,14 +64,15 @@ class Forward {
   const Norm& norm(int i) const { return i == 0 ? call_.norm : call_.residual_norm; }
   // All that the second phase moves.
   int64_t bytes() const {
-    return call_.shape.numel() * (Elements(call_.x).element_size() + Elements(call_.y).element_size() +
-                                  (FORM == kNothing ? 0 : Elements(call_.residual).element_size()));
+    int64_t each = Elements(call_.x).element_size() + Elements(call_.y).element_size();
+    if (call_.residual) each += Elements(call_.residual).element_size();
+    return call_.shape.numel() * each;
   }
 
   template <class Visit>
   void each_norm(int64_t block, Visit visit) const {
     for (int64_t c = 0; c < p_.channels_in(block); c++) {
-      for (int i = 0; i < kNorms; i++) visit(i, block * p_.channels_each() + c);
+      for (int i = 0; i < NORMS; i++) visit(i, block * p_.channels_each() + c);
     }
   }
 
@@ -110,14 +110,15 @@ class Forward {
     const bool past = past_ && y.aligned();
     walk<A>(n, [&](int64_t i, auto some) {
       Pack<A> z = affine(x.load(i, some) - norms.get(kMean, i), norms.get(kScale, i), norms.get(kShift, i));
-      if constexpr (FORM == kResidual) z = z + residual.load(i, some);
-      if constexpr (FORM == kNormedResidual) {
+      if constexpr (NORMS == 1) {
+        if (residual) z = z + residual.load(i, some);
+      } else {
         z = z + affine(residual.load(i, some) - norms.get(kRowsOfNorm + kMean, i), norms.get(kRowsOfNorm + kScale, i),
                        norms.get(kRowsOfNorm + kShift, i));
       }
       const auto on = passes(z);
       y.store(i, some, keep(on, z), past);
-      if (FORM == kResidual && mask != nullptr) store_bits<A>(mask, i, some, bits<A>(on));
+      if (mask != nullptr) store_bits<A>(mask, i, some, bits<A>(on));
     });
   }
 
@@ -130,15 +131,11 @@ class Forward {
 template <class Kind, class Partition>
 void run_form(const ForwardCall& call) {
   const Partition p(call.shape, call.machine, typename Kind::Elements(call.x).element_size());
-  const auto form = [&](auto f) {
-    Forward<Kind, Partition, decltype(f)::value> node(call, p);
+  const auto with = [&](auto norms) {
+    Forward<Kind, Partition, decltype(norms)::value> node(call, p);
     run(node, p, call.shape.numel() < kGrain ? 1 : call.machine.threads);
   };
-  switch (call.form) {
-    case kNothing: return form(std::integral_constant<int, kNothing>{});
-    case kResidual: return form(std::integral_constant<int, kResidual>{});
-    default: return form(std::integral_constant<int, kNormedResidual>{});
-  }
+  call.norms == 1 ? with(std::integral_constant<int, 1>{}) : with(std::integral_constant<int, 2>{});
 }
 
 }  // namespace

@@ -169,7 +169,8 @@ inline void store_halves(void* p, Halves a, int64_t n) { std::memcpy(p, &a, stat
 inline void stream_halves(void* p, Halves a) { store_halves(p, a); }
 
 template <class To, class From>
-inline To as(From from) {
+inline To as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof to);
   return to;

@@ -53,17 +53,15 @@ class ChannelsLast {
     const int64_t end = part * each_ + count(part);
     for (int64_t m = part * each_; m < end; m++) visit(row(m));
   }
-  // The same, kGroup rows at a time as long as there are as many: the first of each.
-  template <class Visit, class Single>
-  void groups(int64_t part, Visit visit, Single single) const {
-    int64_t m = part * each_;
-    const int64_t end = m + count(part);
-    for (; m + kGroup <= end; m += kGroup) visit(row(m));
-    for (; m < end; m++) single(row(m));
+  // The same by groups of rows, of which it is given the first and how many they are.
+  template <class Visit>
+  void groups(int64_t part, Visit visit) const {
+    const int64_t end = part * each_ + count(part);
+    for (int64_t m = part * each_; m < end; m += kGroup) visit(row(m), std::min(kGroup, end - m));
   }
-  static constexpr int kGroup = 4;
 
  private:
+  static constexpr int64_t kGroup = 8;
   Span row(int64_t m) const { return {m * channels_, channels_, m * mask_row_, 0}; }
   int64_t channels_, rows_, mask_row_, each_;
 };
