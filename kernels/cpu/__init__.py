@@ -1,7 +1,7 @@
 """The kernels for CPUs, in C++: the functions of ``kernels.gpu``, with the same arguments and results."""
 
-from ..geometry import dense, plane_geometry, unpack_plane_mask
 from ..call import Gradients, Norm, accumulator
+from ..geometry import dense, plane_geometry, unpack_plane_mask
 from .build import UnavailableError, load, obstacle
 from .calls import backward, forward, input_gradients, local_statistics, local_sums, normalise
 

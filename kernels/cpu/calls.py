@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..call import NOTHING_BUT_STATISTICS, Gradients, Norm, accumulator, outputs, parameter_gradients
 from ..geometry import Geometry, dense, in_layout_of, plane_geometry
-from ..call import Gradients, Norm, accumulator, outputs, parameter_gradients
 from . import build
 
 # The records of call.h, and the numbers of its enums.
@@ -38,8 +38,8 @@ def local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) ->
     """As ``kernels.gpu.local_statistics``."""
     x, residual, g, acc = _prepare(x, residual)
     stats = x.new_empty((4 if norm_residual else 2, g.channels), dtype=acc)
-    nothing = Norm(None, None, None, None, 0.0, 0.0)
-    _call_forward(g, _MOMENTS, x, residual, x, None, stats, nothing, nothing if norm_residual else None)
+    second = NOTHING_BUT_STATISTICS if norm_residual else None
+    _call_forward(g, _MOMENTS, x, residual, x, None, stats, NOTHING_BUT_STATISTICS, second)
     return stats
 
 
