@@ -46,6 +46,12 @@ def needs_mask(residual: Tensor | None, residual_norm: Norm | None) -> bool:
     return residual is not None and residual_norm is None
 
 
+def check_mask(mask: Tensor | None, g: Geometry) -> None:
+    """RuntimeError where a mask is not of geometry ``g``: other kernels made it."""
+    if mask is not None and mask.numel() != g.mask_numel:
+        raise RuntimeError("the backend was changed between a forward and its backward: the mask is another backend's")
+
+
 def outputs(
     x: Tensor, residual: Tensor | None, residual_norm: Norm | None, g: Geometry, save_mask: bool
 ) -> tuple[Tensor, Tensor | None]:

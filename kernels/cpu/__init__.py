@@ -2,7 +2,7 @@
 
 from ..call import Gradients, Norm, accumulator
 from ..geometry import dense, plane_geometry, unpack_plane_mask
-from .build import UnavailableError, load, obstacle
+from .build import UnavailableError, built, load, obstacle
 from .calls import backward, forward, input_gradients, local_statistics, local_sums, normalise
 
 geometry = plane_geometry
@@ -14,6 +14,7 @@ __all__ = [
     "UnavailableError",
     "accumulator",
     "backward",
+    "built",
     "dense",
     "forward",
     "geometry",

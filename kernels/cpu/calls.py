@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import NOTHING_BUT_STATISTICS, Gradients, Norm, accumulator, outputs, parameter_gradients
+from ..call import NOTHING_BUT_STATISTICS, Gradients, Norm, accumulator, check_mask, outputs, parameter_gradients
 from ..geometry import Geometry, dense, in_layout_of, plane_geometry
 from . import build
 
@@ -123,7 +123,7 @@ def input_gradients(
     dresidual = torch.empty_like(x, dtype=residual.dtype) if wanted[1] and residual is not None else None
     # dz is dy already masked (and added up), unless it was rounded to a narrower dtype.
     dz = in_layout_of(dz, x) if dz is not None and dz.dtype is dy.dtype else None
-    nothing = [None] * 4
+    nothing: list[Tensor | None] = [None] * 4
     _call_backward(
         _INPUTS, dy, dy_fork, x, residual, dz, dx, dresidual, mask, stats, means, norm, residual_norm, nothing
     )
@@ -176,12 +176,14 @@ def _call_backward(
     dy = in_layout_of(dy, x)
     dy_fork = None if dy_fork is None else in_layout_of(dy_fork, x)
     residual = None if residual is None or residual_norm is None else in_layout_of(residual, x)
+    g = plane_geometry(x)
+    check_mask(mask, g)
     acc = accumulator(x, residual, dy, dy_fork, dz)
     stats = None if stats is None else stats.to(acc).contiguous()
     sums = None if sums is None else sums.to(acc).contiguous()
     norms = 1 if residual_norm is None else 2
     record = _BACKWARD.pack(
-        *_shape(plane_geometry(x)), *_machine(), norms, phases,
+        *_shape(g), *_machine(), norms, phases,
         *_tensor(dy), *_tensor(dy_fork), *_tensor(x), *_tensor(residual), *_tensor(dz), *_tensor(dx),
         *_tensor(dresidual), _address(mask), _address(stats), _address(sums), *_norm(norm), *_norm(residual_norm),
         *(field for p in parameters for field in _tensor(p)),
