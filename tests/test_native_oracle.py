@@ -1,0 +1,32 @@
+"""Every comparison of the kernels with an oracle, on those in C++: the tests of these modules, collected once more."""
+
+import pytest
+import torch
+from test_accuracy import *  # noqa: F403
+from test_functional import *  # noqa: F403
+from test_gradients import *  # noqa: F403
+from test_memory import *  # noqa: F403
+from test_pytorch_cases import *  # noqa: F403
+
+import resfused
+
+
+@pytest.fixture(autouse=True)
+def _native(_reproducible):
+    with resfused.use_backend("native"):
+        yield
+
+
+@pytest.fixture
+def device():
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def small_launches():
+    """There is nothing to set: parts and tails are those of the shapes."""
+
+
+@pytest.fixture
+def launches():
+    """There is one way to run a node."""
