@@ -48,7 +48,6 @@ def with_clear_signs(p, width=1e-4):
 def test_values_of_many_elements(form, layout, shape, native):
     for training in (True, False):
         p = with_clear_signs(problem(form, shape, torch.float32, CPU, training=training, layout=layout))
-        torch.set_num_threads(2)
         assert_close(run(functional, p), run(reference, p, torch.float64), 5e-6)
     assert native == ["resfused_forward", "resfused_backward"] * 2
 

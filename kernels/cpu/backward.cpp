@@ -10,23 +10,10 @@
 namespace resfused {
 namespace {
 
-// Sums that a span over channels adds to, one a channel, and those of a span within one channel, in registers.
-template <class A, int SUMS>
-struct SumsByElement {
-  A* rows;
-  int64_t stride;
-  void open(int64_t i, Pack<A>* sums) const {
-    for (int row = 0; row < SUMS; row++) sums[row] = load(rows + row * stride + i);
-  }
-  void close(int64_t i, const Pack<A>* sums) const {
-    for (int row = 0; row < SUMS; row++) store(rows + row * stride + i, sums[row]);
-  }
-};
-template <class A, int SUMS>
-struct SumsOfChannel {
-  Pack<A> kept[SUMS];
-  void open(int64_t, Pack<A>* sums) const { std::copy_n(kept, SUMS, sums); }
-  void close(int64_t, const Pack<A>* sums) { std::copy_n(sums, SUMS, kept); }
+// Of one channel or lane: the sums of dz, dz (x - mean) and dz (residual - mean).
+template <class A>
+struct Sums {
+  Pack<A> dz, dz_x, dz_residual;
 };
 
 template <class Kind, class Partition, int NORMS>
@@ -62,23 +49,24 @@ class Backward {
     if (!reduces() && !writes_early_) return;
     const int64_t first = block * p_.channels_each();
     if constexpr (std::is_same_v<Partition, ChannelsLast>) {
-      SumsByElement<A, kSums> sums{reduces() ? partials_[part * kSums] : nullptr, partials_.stride()};
-      if (reduces()) std::fill_n(sums.rows, kSums * sums.stride, A(0));
+      A* rows = reduces() ? partials_[part * kSums] : nullptr;
+      if (reduces()) std::fill_n(rows, kSums * partials_.stride(), A(0));
       if (writes_early_) {
-        p_.spans(part, block, [&](Span s) { sum_and_write(s, sums); });
+        p_.spans(part, block, [&](Span s) { sum_and_write(s, rows); });
       } else {
-        p_.groups(part, [&](Span s, int64_t rows) { sum(s, rows, sums); });
+        p_.groups(part, [&](Span s, int64_t spans) { sum(s, spans, rows); });
       }
     } else {
-      SumsOfChannel<A, kSums> sums[kChannels];
-      for (int64_t c = 0; c < p_.channels_in(block); c++) std::fill_n(sums[c].kept, kSums, zeros<A>());
+      Sums<A> sums[kChannels];
+      for (int64_t c = 0; c < p_.channels_in(block); c++) sums[c] = {zeros<A>(), zeros<A>(), zeros<A>()};
       p_.spans(part, block, [&](Span s) {
-        writes_early_ ? sum_and_write(s, sums[s.c - first]) : sum(s, 1, sums[s.c - first]);
+        writes_early_ ? sum_and_write(s, sums[s.c - first]) : sum(s, sums[s.c - first]);
       });
       for (int64_t c = 0; reduces() && c < p_.channels_in(block); c++) {
-        for (int row = 0; row < kSums; row++) {
-          partials_[part * kSums + row][first + c] = static_cast<A>(total(sums[c].kept[row]));
-        }
+        A* rows = partials_[part * kSums] + first + c;
+        rows[0] = static_cast<A>(total(sums[c].dz));
+        rows[partials_.stride()] = static_cast<A>(total(sums[c].dz_x));
+        if constexpr (NORMS == 2) rows[2 * partials_.stride()] = static_cast<A>(total(sums[c].dz_residual));
       }
     }
     if (past_) fence();
@@ -171,35 +159,30 @@ class Backward {
             Elements(call_.residual) + s.at,
             Elements(is_dz ? call_.dz : call_.dy) + s.at,
             Elements(is_dz ? none : call_.dy_fork) + s.at,
-            call_.mask == nullptr ? nullptr : call_.mask + s.bits,
+            is_dz || call_.mask == nullptr ? nullptr : call_.mask + s.bits,
             is_dz};
   }
 
   // The inputs less their means, and the gradient of what the ReLU was taken of: dy where it let z through. A select,
   // as 0 times infinity would be NaN.
   struct Step {
-    Pack<A> centred[NORMS], dz;
+    Pack<A> centred, residual_centred, dz;
   };
   template <class N>
   static Step step(const Inputs& in, int64_t row, int64_t mask_row, int64_t i, N some, const Norms& norms) {
-    Step s;
-    s.centred[0] = in.x.load(row + i, some) - norms.get(kMean, i);
-    if constexpr (NORMS == 2) {
-      s.centred[1] = in.residual.load(row + i, some) - norms.get(kRowsOfNorm + kMean, i);
-    }
-    s.dz = in.gradient.load(row + i, some);
-    if (in.is_dz) return s;
-    if (in.fork) s.dz = s.dz + in.fork.load(row + i, some);
+    const NormPacks<A> own = norms.own(i), second = norms.second(i);
+    const Pack<A> centred = in.x.load(row + i, some) - own.mean;
+    Pack<A> residual_centred = centred, dz = in.gradient.load(row + i, some);
+    if constexpr (NORMS == 2) residual_centred = in.residual.load(row + i, some) - second.mean;
+    if (in.fork) dz = dz + in.fork.load(row + i, some);
     if (in.mask != nullptr) {
-      s.dz = keep(lanes_of<A>(load_bits<A>(in.mask + mask_row, i, some)), s.dz);
-    } else {
-      Pack<A> z = affine(s.centred[0], norms.get(kScale, i), norms.get(kShift, i));
-      if constexpr (NORMS == 2) {
-        z = z + affine(s.centred[1], norms.get(kRowsOfNorm + kScale, i), norms.get(kRowsOfNorm + kShift, i));
-      }
-      s.dz = keep(passes(z), s.dz);
+      dz = keep(lanes_of<A>(load_bits<A>(in.mask + mask_row, i, some)), dz);
+    } else if (!in.is_dz) {
+      Pack<A> z = affine(centred, own);
+      if constexpr (NORMS == 2) z = z + affine(residual_centred, second);
+      dz = keep(passes(z), dz);
     }
-    return s;
+    return {centred, residual_centred, dz};
   }
 
   // Where a span's gradients go: ``past`` the caches where they are large and lie on whole lines.
@@ -214,46 +197,73 @@ class Backward {
     return {z, x, r, past_ && z.aligned(), past_ && x.aligned(), past_ && r.aligned()};
   }
 
-  // The sums of as many spans one below the other.
-  template <class Sums>
-  void sum(Span s, int64_t spans, Sums& sums) const {
+  static void add(const Step& found, Sums<A>& sums) {
+    sums.dz = sums.dz + found.dz;
+    sums.dz_x = fma(found.dz, found.centred, sums.dz_x);
+    if constexpr (NORMS == 2) sums.dz_residual = fma(found.dz, found.residual_centred, sums.dz_residual);
+  }
+
+  // The sums of a span within a channel.
+  void sum(Span s, Sums<A>& of_channel) const {
+    const Inputs in = inputs(s, false);
+    const Norms norms(norm_, s.c);
+    Sums<A> sums = of_channel;
+    walk<A>(s.n, [&](int64_t i, auto some) { add(step(in, 0, 0, i, some, norms), sums); });
+    of_channel = sums;
+  }
+
+  // The sums of as many spans over channels, one below the other, into rows.
+  void sum(Span s, int64_t spans, A* rows) const {
     const Inputs in = inputs(s, false);
     const Norms norms(norm_, s.c);
     const int64_t stride = p_.stride(), mask_stride = p_.mask_stride();
     walk<A>(s.n, [&](int64_t i, auto some) {
-      Pack<A> sum[kSums];
-      sums.open(i, sum);
-      for (int64_t r = 0; r < spans; r++) add(step(in, r * stride, r * mask_stride, i, some, norms), sum);
-      sums.close(i, sum);
+      Sums<A> sums = loaded(rows + i);
+      for (int64_t r = 0; r < spans; r++) add(step(in, r * stride, r * mask_stride, i, some, norms), sums);
+      save(rows + i, sums);
     });
   }
 
-  static void add(const Step& found, Pack<A>* sum) {
-    sum[0] = sum[0] + found.dz;
-    for (int k = 0; k < NORMS; k++) sum[1 + k] = fma(found.dz, found.centred[k], sum[1 + k]);
+  Sums<A> loaded(const A* rows) const {
+    const int64_t stride = partials_.stride();
+    return {load(rows), load(rows + stride), NORMS == 2 ? load(rows + 2 * stride) : zeros<A>()};
+  }
+  void save(A* rows, const Sums<A>& sums) const {
+    const int64_t stride = partials_.stride();
+    store(rows, sums.dz);
+    store(rows + stride, sums.dz_x);
+    if constexpr (NORMS == 2) store(rows + 2 * stride, sums.dz_residual);
   }
 
-  // The sums of a span, where wanted, and the gradients that need none.
-  template <class Sums>
-  void sum_and_write(Span s, Sums& sums) const {
+  // The gradients that need no sums, and the sums within a channel.
+  void sum_and_write(Span s, Sums<A>& of_channel) const {
+    Sums<A> sums = of_channel;
+    write_early(s, [&](int64_t, const Step& found) { add(found, sums); });
+    of_channel = sums;
+  }
+
+  // The same over channels, with sums where there are rows for them.
+  void sum_and_write(Span s, A* rows) const {
+    write_early(s, [&](int64_t i, const Step& found) {
+      if (rows == nullptr) return;
+      Sums<A> sums = loaded(rows + i);
+      add(found, sums);
+      save(rows + i, sums);
+    });
+  }
+
+  template <class Add>
+  void write_early(Span s, Add add_up) const {
     const Inputs in = inputs(s, false);
     const Outputs out = outputs(s, true, call_.phases == kLocal);
     const Norms norms(norm_, s.c);
-    const bool sums_up = reduces();
     walk<A>(s.n, [&](int64_t i, auto some) {
       const Step found = step(in, 0, 0, i, some, norms);
-      if (sums_up) {
-        Pack<A> sum[kSums];
-        sums.open(i, sum);
-        add(found, sum);
-        sums.close(i, sum);
-      }
+      add_up(i, found);
       if (out.dz) out.dz.store(i, some, found.dz, out.past_dz);
-      if (out.dx) out.dx.store(i, some, found.dz * norms.get(kScale, i), out.past_dx);
+      if (out.dx) out.dx.store(i, some, found.dz * norms.own(i).scale, out.past_dx);
       if constexpr (NORMS == 2) {
-        if (out.dresidual) {
-          out.dresidual.store(i, some, found.dz * norms.get(kRowsOfNorm + kScale, i), out.past_dresidual);
-        }
+        if (out.dresidual) out.dresidual.store(i, some, found.dz * norms.second(i).scale, out.past_dresidual);
       }
     });
   }
@@ -263,19 +273,20 @@ class Backward {
     const Inputs in = inputs(s, reads_dz_);
     const Outputs out = outputs(s, call_.phases == kAll && !reads_dz_, true);
     const Norms norms(norm_, s.c);
-    const auto input_gradient = [&](const Step& found, int k, int64_t i) {
-      const int row = k * kRowsOfNorm;
-      const Pack<A> rest = fma(found.centred[k], norms.get(row + kSlope, i), norms.get(row + kOffset, i));
-      return fma(found.dz, norms.get(row + kScale, i), rest);
-    };
     walk<A>(s.n, [&](int64_t i, auto some) {
       const Step found = step(in, 0, 0, i, some, norms);
       if (out.dz) out.dz.store(i, some, found.dz, out.past_dz);
-      if (out.dx) out.dx.store(i, some, input_gradient(found, 0, i), out.past_dx);
+      if (out.dx) out.dx.store(i, some, input_gradient(found.dz, found.centred, norms.own(i)), out.past_dx);
       if constexpr (NORMS == 2) {
-        if (out.dresidual) out.dresidual.store(i, some, input_gradient(found, 1, i), out.past_dresidual);
+        if (out.dresidual) {
+          const Pack<A> value = input_gradient(found.dz, found.residual_centred, norms.second(i));
+          out.dresidual.store(i, some, value, out.past_dresidual);
+        }
       }
     });
+  }
+  static Pack<A> input_gradient(Pack<A> dz, Pack<A> centred, const NormPacks<A>& n) {
+    return fma(dz, n.scale, fma(centred, n.slope, n.offset));
   }
 
   const BackwardCall& call_;

@@ -109,12 +109,13 @@ class Forward {
   void normalise(Elements x, Elements residual, Elements y, uint8_t* mask, int64_t n, const Norms& norms) const {
     const bool past = past_ && y.aligned();
     walk<A>(n, [&](int64_t i, auto some) {
-      Pack<A> z = affine(x.load(i, some) - norms.get(kMean, i), norms.get(kScale, i), norms.get(kShift, i));
+      const NormPacks<A> own = norms.own(i);
+      Pack<A> z = affine(x.load(i, some) - own.mean, own);
       if constexpr (NORMS == 1) {
         if (residual) z = z + residual.load(i, some);
       } else {
-        z = z + affine(residual.load(i, some) - norms.get(kRowsOfNorm + kMean, i), norms.get(kRowsOfNorm + kScale, i),
-                       norms.get(kRowsOfNorm + kShift, i));
+        const NormPacks<A> second = norms.second(i);
+        z = z + affine(residual.load(i, some) - second.mean, second);
       }
       const auto on = passes(z);
       y.store(i, some, keep(on, z), past);

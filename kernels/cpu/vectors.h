@@ -47,23 +47,43 @@ class Rows {
 // offset. A second norm has as many after them.
 enum Row : int { kMean, kScale, kShift, kSlope, kOffset, kRowsOfNorm };
 
-// Rows as the packs of a span that goes over channels.
+// A norm's rows as packs.
 template <class A>
-struct ByElement {
-  const A* rows;
-  int64_t stride;
-  ByElement(const Rows<A>& r, int64_t) : rows(r[0]), stride(r.stride()) {}
-  Pack<A> get(int row, int64_t i) const { return load(rows + row * stride + i); }
+struct NormPacks {
+  Pack<A> mean, scale, shift, slope, offset;
 };
 
-// Rows as the packs of a span within channel c.
+// Those of a span that goes over channels, at element i of it.
 template <class A>
-struct OfChannel {
-  Pack<A> packs[2 * kRowsOfNorm];
-  OfChannel(const Rows<A>& r, int64_t c) {
-    for (int row = 0; row < 2 * kRowsOfNorm; row++) packs[row] = all(r[row][c]);
+class ByElement {
+ public:
+  ByElement(const Rows<A>& r, int64_t) : rows_(r[0]), stride_(r.stride()) {}
+  NormPacks<A> own(int64_t i) const { return of(rows_ + i); }
+  NormPacks<A> second(int64_t i) const { return of(rows_ + kRowsOfNorm * stride_ + i); }
+
+ private:
+  NormPacks<A> of(const A* at) const {
+    return {load(at + kMean * stride_), load(at + kScale * stride_), load(at + kShift * stride_),
+            load(at + kSlope * stride_), load(at + kOffset * stride_)};
   }
-  Pack<A> get(int row, int64_t) const { return packs[row]; }
+  const A* rows_;
+  int64_t stride_;
+};
+
+// Those of a span within channel c.
+template <class A>
+class OfChannel {
+ public:
+  OfChannel(const Rows<A>& r, int64_t c) : own_(of(r, 0, c)), second_(of(r, kRowsOfNorm, c)) {}
+  NormPacks<A> own(int64_t) const { return own_; }
+  NormPacks<A> second(int64_t) const { return second_; }
+
+ private:
+  static NormPacks<A> of(const Rows<A>& r, int row, int64_t c) {
+    return {all(r[row + kMean][c]), all(r[row + kScale][c]), all(r[row + kShift][c]), all(r[row + kSlope][c]),
+            all(r[row + kOffset][c])};
+  }
+  NormPacks<A> own_, second_;
 };
 
 template <class A, class Partition>
@@ -93,8 +113,8 @@ inline A rstd_of(double variance, double eps) {
 }
 
 template <class A>
-inline Pack<A> affine(Pack<A> centred, Pack<A> scale, Pack<A> shift) {
-  return fma(centred, scale, shift);
+inline Pack<A> affine(Pack<A> centred, const NormPacks<A>& n) {
+  return fma(centred, n.scale, n.shift);
 }
 
 template <class A>
