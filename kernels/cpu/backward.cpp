@@ -20,7 +20,7 @@ template <class Kind, class Partition, int NORMS>
 class Backward {
   using A = typename Kind::A;
   using Elements = typename Kind::Elements;
-  using Norms = typename Access<A, Partition>::Type;
+  using Norms = NormPacks<A, Partition>;
   // Of dz, dz (x - mean), and dz (residual - mean).
   static constexpr int kSums = 1 + NORMS;
 
@@ -169,17 +169,16 @@ class Backward {
     Pack<A> centred, residual_centred, dz;
   };
   template <class N>
-  static Step step(const Inputs& in, int64_t row, int64_t mask_row, int64_t i, N some, const Norms& norms) {
-    const NormPacks<A> own = norms.own(i), second = norms.second(i);
-    const Pack<A> centred = in.x.load(row + i, some) - own.mean;
+  static INLINE Step step(const Inputs& in, int64_t row, int64_t mask_row, int64_t i, N some, const Norms& norms) {
+    const Pack<A> centred = in.x.load(row + i, some) - norms.get(0, kMean, i);
     Pack<A> residual_centred = centred, dz = in.gradient.load(row + i, some);
-    if constexpr (NORMS == 2) residual_centred = in.residual.load(row + i, some) - second.mean;
+    if constexpr (NORMS == 2) residual_centred = in.residual.load(row + i, some) - norms.get(1, kMean, i);
     if (in.fork) dz = dz + in.fork.load(row + i, some);
     if (in.mask != nullptr) {
       dz = keep(lanes_of<A>(load_bits<A>(in.mask + mask_row, i, some)), dz);
     } else if (!in.is_dz) {
-      Pack<A> z = affine(centred, own);
-      if constexpr (NORMS == 2) z = z + affine(residual_centred, second);
+      Pack<A> z = norms.affine(0, centred, i);
+      if constexpr (NORMS == 2) z = z + norms.affine(1, residual_centred, i);
       dz = keep(passes(z), dz);
     }
     return {centred, residual_centred, dz};
@@ -197,7 +196,7 @@ class Backward {
     return {z, x, r, past_ && z.aligned(), past_ && x.aligned(), past_ && r.aligned()};
   }
 
-  static void add(const Step& found, Sums<A>& sums) {
+  static INLINE void add(const Step& found, Sums<A>& sums) {
     sums.dz = sums.dz + found.dz;
     sums.dz_x = fma(found.dz, found.centred, sums.dz_x);
     if constexpr (NORMS == 2) sums.dz_residual = fma(found.dz, found.residual_centred, sums.dz_residual);
@@ -208,7 +207,7 @@ class Backward {
     const Inputs in = inputs(s, false);
     const Norms norms(norm_, s.c);
     Sums<A> sums = of_channel;
-    walk<A>(s.n, [&](int64_t i, auto some) { add(step(in, 0, 0, i, some, norms), sums); });
+    walk<A>(s.n, [&](int64_t i, auto some) INLINED { add(step(in, 0, 0, i, some, norms), sums); });
     of_channel = sums;
   }
 
@@ -217,18 +216,18 @@ class Backward {
     const Inputs in = inputs(s, false);
     const Norms norms(norm_, s.c);
     const int64_t stride = p_.stride(), mask_stride = p_.mask_stride();
-    walk<A>(s.n, [&](int64_t i, auto some) {
+    walk<A>(s.n, [&](int64_t i, auto some) INLINED {
       Sums<A> sums = loaded(rows + i);
       for (int64_t r = 0; r < spans; r++) add(step(in, r * stride, r * mask_stride, i, some, norms), sums);
       save(rows + i, sums);
     });
   }
 
-  Sums<A> loaded(const A* rows) const {
+  INLINE Sums<A> loaded(const A* rows) const {
     const int64_t stride = partials_.stride();
     return {load(rows), load(rows + stride), NORMS == 2 ? load(rows + 2 * stride) : zeros<A>()};
   }
-  void save(A* rows, const Sums<A>& sums) const {
+  INLINE void save(A* rows, const Sums<A>& sums) const {
     const int64_t stride = partials_.stride();
     store(rows, sums.dz);
     store(rows + stride, sums.dz_x);
@@ -238,13 +237,13 @@ class Backward {
   // The gradients that need no sums, and the sums within a channel.
   void sum_and_write(Span s, Sums<A>& of_channel) const {
     Sums<A> sums = of_channel;
-    write_early(s, [&](int64_t, const Step& found) { add(found, sums); });
+    write_early(s, [&](int64_t, const Step& found) INLINED { add(found, sums); });
     of_channel = sums;
   }
 
   // The same over channels, with sums where there are rows for them.
   void sum_and_write(Span s, A* rows) const {
-    write_early(s, [&](int64_t i, const Step& found) {
+    write_early(s, [&](int64_t i, const Step& found) INLINED {
       if (rows == nullptr) return;
       Sums<A> sums = loaded(rows + i);
       add(found, sums);
@@ -257,13 +256,13 @@ class Backward {
     const Inputs in = inputs(s, false);
     const Outputs out = outputs(s, true, call_.phases == kLocal);
     const Norms norms(norm_, s.c);
-    walk<A>(s.n, [&](int64_t i, auto some) {
+    walk<A>(s.n, [&](int64_t i, auto some) INLINED {
       const Step found = step(in, 0, 0, i, some, norms);
       add_up(i, found);
       if (out.dz) out.dz.store(i, some, found.dz, out.past_dz);
-      if (out.dx) out.dx.store(i, some, found.dz * norms.own(i).scale, out.past_dx);
+      if (out.dx) out.dx.store(i, some, found.dz * norms.get(0, kScale, i), out.past_dx);
       if constexpr (NORMS == 2) {
-        if (out.dresidual) out.dresidual.store(i, some, found.dz * norms.second(i).scale, out.past_dresidual);
+        if (out.dresidual) out.dresidual.store(i, some, found.dz * norms.get(1, kScale, i), out.past_dresidual);
       }
     });
   }
@@ -273,20 +272,21 @@ class Backward {
     const Inputs in = inputs(s, reads_dz_);
     const Outputs out = outputs(s, call_.phases == kAll && !reads_dz_, true);
     const Norms norms(norm_, s.c);
-    walk<A>(s.n, [&](int64_t i, auto some) {
+    walk<A>(s.n, [&](int64_t i, auto some) INLINED {
       const Step found = step(in, 0, 0, i, some, norms);
       if (out.dz) out.dz.store(i, some, found.dz, out.past_dz);
-      if (out.dx) out.dx.store(i, some, input_gradient(found.dz, found.centred, norms.own(i)), out.past_dx);
+      if (out.dx) out.dx.store(i, some, input_gradient(norms, 0, found.dz, found.centred, i), out.past_dx);
       if constexpr (NORMS == 2) {
         if (out.dresidual) {
-          const Pack<A> value = input_gradient(found.dz, found.residual_centred, norms.second(i));
+          const Pack<A> value = input_gradient(norms, 1, found.dz, found.residual_centred, i);
           out.dresidual.store(i, some, value, out.past_dresidual);
         }
       }
     });
   }
-  static Pack<A> input_gradient(Pack<A> dz, Pack<A> centred, const NormPacks<A>& n) {
-    return fma(dz, n.scale, fma(centred, n.slope, n.offset));
+  static INLINE Pack<A> input_gradient(const Norms& norms, int norm, Pack<A> dz, Pack<A> centred, int64_t i) {
+    const Pack<A> rest = fma(centred, norms.get(norm, kSlope, i), norms.get(norm, kOffset, i));
+    return fma(dz, norms.get(norm, kScale, i), rest);
   }
 
   const BackwardCall& call_;

@@ -53,7 +53,7 @@ class Forward {
     const Elements x(call_.x), residual(call_.residual), y(call_.y);
     p_.spans(part, block, [&](Span s) {
       normalise(x + s.at, residual + s.at, y + s.at, call_.mask == nullptr ? nullptr : call_.mask + s.bits, s.n,
-                typename Access<A, Partition>::Type(norm_, s.c));
+                NormPacks<A, Partition>(norm_, s.c));
     });
     if (past_) fence();
   }
@@ -108,14 +108,12 @@ class Forward {
   template <class Norms>
   void normalise(Elements x, Elements residual, Elements y, uint8_t* mask, int64_t n, const Norms& norms) const {
     const bool past = past_ && y.aligned();
-    walk<A>(n, [&](int64_t i, auto some) {
-      const NormPacks<A> own = norms.own(i);
-      Pack<A> z = affine(x.load(i, some) - own.mean, own);
+    walk<A>(n, [&](int64_t i, auto some) INLINED {
+      Pack<A> z = norms.affine(0, x.load(i, some) - norms.get(0, kMean, i), i);
       if constexpr (NORMS == 1) {
         if (residual) z = z + residual.load(i, some);
       } else {
-        const NormPacks<A> second = norms.second(i);
-        z = z + affine(residual.load(i, some) - second.mean, second);
+        z = z + norms.affine(1, residual.load(i, some) - norms.get(1, kMean, i), i);
       }
       const auto on = passes(z);
       y.store(i, some, keep(on, z), past);

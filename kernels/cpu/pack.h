@@ -7,6 +7,10 @@
 
 #include <cstdint>
 
+// What a loop does to a pack is inlined before anything else, or its packs would travel through memory.
+#define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))
+
 namespace resfused {
 template <class A>
 struct Pack;
@@ -23,7 +27,7 @@ struct Pack;
 namespace resfused {
 
 template <class A>
-inline Pack<A> zeros() {
+INLINE Pack<A> zeros() {
   return all(A(0));
 }
 
@@ -48,7 +52,7 @@ struct First {
 
 // Calls step(at, Whole) for every pack of n elements, then step(at, First) for what is left.
 template <class A, class Step>
-inline __attribute__((always_inline)) void walk(int64_t n, Step step) {
+INLINE void walk(int64_t n, Step step) {
   constexpr int64_t lanes = Pack<A>::lanes;
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) step(i, Whole{});
@@ -57,7 +61,7 @@ inline __attribute__((always_inline)) void walk(int64_t n, Step step) {
 
 // The same four packs at a time, with the number of each as a third argument: four sums instead of a chain.
 template <class A, class Step>
-inline __attribute__((always_inline)) void unrolled(int64_t n, Step step) {
+INLINE void unrolled(int64_t n, Step step) {
   constexpr int64_t lanes = Pack<A>::lanes;
   int64_t i = 0;
   for (; i + 4 * lanes <= n; i += 4 * lanes) {
@@ -72,11 +76,11 @@ inline __attribute__((always_inline)) void unrolled(int64_t n, Step step) {
 
 // 0 in lanes that are not there.
 template <class A>
-inline Pack<A> only(Whole, Pack<A> a) {
+INLINE Pack<A> only(Whole, Pack<A> a) {
   return a;
 }
 template <class A>
-inline Pack<A> only(First f, Pack<A> a) {
+INLINE Pack<A> only(First f, Pack<A> a) {
   return keep(lanes_of<A>((1u << f.n) - 1), a);
 }
 

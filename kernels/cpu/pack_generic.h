@@ -33,32 +33,32 @@ struct Pack {
 };
 
 template <class A, class Function>
-inline Pack<A> each(Function function) {
+INLINE Pack<A> each(Function function) {
   return {{function(0), function(1), function(2), function(3)}};
 }
 
 template <class A>
-inline Pack<A> splat(A value) {
+INLINE Pack<A> splat(A value) {
   const typename Pack<A>::Values v = value - typename Pack<A>::Values{};
   return {{v, v, v, v}};
 }
-inline Pack<float> all(float value) { return splat(value); }
-inline Pack<double> all(double value) { return splat(value); }
+INLINE Pack<float> all(float value) { return splat(value); }
+INLINE Pack<double> all(double value) { return splat(value); }
 template <class A>
-inline Pack<A> operator+(Pack<A> a, Pack<A> b) {
+INLINE Pack<A> operator+(Pack<A> a, Pack<A> b) {
   return each<A>([&](int i) { return a.r[i] + b.r[i]; });
 }
 template <class A>
-inline Pack<A> operator-(Pack<A> a, Pack<A> b) {
+INLINE Pack<A> operator-(Pack<A> a, Pack<A> b) {
   return each<A>([&](int i) { return a.r[i] - b.r[i]; });
 }
 template <class A>
-inline Pack<A> operator*(Pack<A> a, Pack<A> b) {
+INLINE Pack<A> operator*(Pack<A> a, Pack<A> b) {
   return each<A>([&](int i) { return a.r[i] * b.r[i]; });
 }
 // Fused where the processor does it; elsewhere always in two steps, so that a sign is the same wherever it is computed.
 template <class A>
-inline Pack<A> fma(Pack<A> a, Pack<A> b, Pack<A> c) {
+INLINE Pack<A> fma(Pack<A> a, Pack<A> b, Pack<A> c) {
   return each<A>([&](int i) {
 #ifdef __aarch64__
     typename Pack<A>::Values sum;
@@ -77,18 +77,18 @@ inline Pack<A> fma(Pack<A> a, Pack<A> b, Pack<A> c) {
 }
 
 template <class A>
-inline typename Pack<A>::Lanes passes(Pack<A> z) {
+INLINE typename Pack<A>::Lanes passes(Pack<A> z) {
   const typename Pack<A>::Values zero = {};
   return {{~(z.r[0] <= zero), ~(z.r[1] <= zero), ~(z.r[2] <= zero), ~(z.r[3] <= zero)}};
 }
 template <class A>
-inline Pack<A> keep(typename Pack<A>::Lanes lanes, Pack<A> a) {
+INLINE Pack<A> keep(typename Pack<A>::Lanes lanes, Pack<A> a) {
   using Values = typename Pack<A>::Values;
   using Integers = typename Registers<A>::Lanes;
   return each<A>([&](int i) { return (Values)((Integers)a.r[i] & lanes.r[i]); });
 }
 template <class A>
-inline uint32_t bits(typename Pack<A>::Lanes lanes) {
+INLINE uint32_t bits(typename Pack<A>::Lanes lanes) {
   uint32_t found = 0;
   for (int i = 0; i < 4; i++) {
 #ifdef __SSE2__
@@ -105,7 +105,7 @@ inline uint32_t bits(typename Pack<A>::Lanes lanes) {
   return found;
 }
 template <class A>
-inline typename Pack<A>::Lanes lanes_of(uint32_t bits) {
+INLINE typename Pack<A>::Lanes lanes_of(uint32_t bits) {
   typename Pack<A>::Lanes lanes;
   constexpr int each = 16 / sizeof(A);
   for (int i = 0; i < 4; i++) {
@@ -118,31 +118,31 @@ inline typename Pack<A>::Lanes lanes_of(uint32_t bits) {
 }
 
 template <class A>
-inline Pack<A> load_any(const A* p) {
+INLINE Pack<A> load_any(const A* p) {
   Pack<A> a;
   std::memcpy(&a, p, sizeof a);
   return a;
 }
 template <class A>
-inline Pack<A> load_any(const A* p, int64_t n) {
+INLINE Pack<A> load_any(const A* p, int64_t n) {
   Pack<A> a = {};
   std::memcpy(&a, p, static_cast<size_t>(n) * sizeof(A));
   return a;
 }
-inline Pack<float> load(const float* p) { return load_any(p); }
-inline Pack<double> load(const double* p) { return load_any(p); }
-inline Pack<float> load(const float* p, int64_t n) { return load_any(p, n); }
-inline Pack<double> load(const double* p, int64_t n) { return load_any(p, n); }
+INLINE Pack<float> load(const float* p) { return load_any(p); }
+INLINE Pack<double> load(const double* p) { return load_any(p); }
+INLINE Pack<float> load(const float* p, int64_t n) { return load_any(p, n); }
+INLINE Pack<double> load(const double* p, int64_t n) { return load_any(p, n); }
 template <class A>
-inline void store(A* p, Pack<A> a) {
+INLINE void store(A* p, Pack<A> a) {
   std::memcpy(p, &a, sizeof a);
 }
 template <class A>
-inline void store(A* p, Pack<A> a, int64_t n) {
+INLINE void store(A* p, Pack<A> a, int64_t n) {
   std::memcpy(p, &a, static_cast<size_t>(n) * sizeof(A));
 }
 template <class A>
-inline void stream(A* p, Pack<A> a) {
+INLINE void stream(A* p, Pack<A> a) {
 #ifdef __SSE2__
   for (int i = 0; i < 4; i++) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, (__m128i)a.r[i]);
 #else
@@ -154,34 +154,34 @@ inline void stream(A* p, Pack<A> a) {
 struct Halves {
   uint16_t values[16];
 };
-inline Halves load_halves(const void* p) {
+INLINE Halves load_halves(const void* p) {
   Halves a;
   std::memcpy(&a, p, sizeof a);
   return a;
 }
-inline Halves load_halves(const void* p, int64_t n) {
+INLINE Halves load_halves(const void* p, int64_t n) {
   Halves a = {};
   std::memcpy(&a, p, static_cast<size_t>(2 * n));
   return a;
 }
-inline void store_halves(void* p, Halves a) { std::memcpy(p, &a, sizeof a); }
-inline void store_halves(void* p, Halves a, int64_t n) { std::memcpy(p, &a, static_cast<size_t>(2 * n)); }
-inline void stream_halves(void* p, Halves a) { store_halves(p, a); }
+INLINE void store_halves(void* p, Halves a) { std::memcpy(p, &a, sizeof a); }
+INLINE void store_halves(void* p, Halves a, int64_t n) { std::memcpy(p, &a, static_cast<size_t>(2 * n)); }
+INLINE void stream_halves(void* p, Halves a) { store_halves(p, a); }
 
 template <class To, class From>
-inline To as(const From& from) {
+INLINE To as(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof to);
   return to;
 }
 
-inline Pack<float> from_bfloat16(Halves a) {
+INLINE Pack<float> from_bfloat16(Halves a) {
   uint32_t u[16];
   for (int i = 0; i < 16; i++) u[i] = static_cast<uint32_t>(a.values[i]) << 16;
   return as<Pack<float>>(u);
 }
-inline Halves to_bfloat16(Pack<float> a) {
+INLINE Halves to_bfloat16(Pack<float> a) {
   uint32_t u[16];
   std::memcpy(u, &a, sizeof u);
   Halves rounded;
@@ -193,13 +193,13 @@ inline Halves to_bfloat16(Pack<float> a) {
 }
 
 // Half precision by its bits: the multiplication by 2^112 moves the exponent, of subnormals too.
-inline float from_float16(uint16_t half) {
+INLINE float from_float16(uint16_t half) {
   const uint32_t magnitude = half & 0x7fffu, sign = (half & 0x8000u) << 16;
   uint32_t u = as<uint32_t>(as<float>(magnitude << 13) * as<float>(0x77800000u));
   if (magnitude >= 0x7c00) u |= 0x7f800000u;
   return as<float>(u | sign);
 }
-inline uint16_t to_float16(float value) {
+INLINE uint16_t to_float16(float value) {
   const uint32_t u = as<uint32_t>(value), sign = u >> 16 & 0x8000u;
   uint32_t magnitude = u & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
@@ -212,12 +212,12 @@ inline uint16_t to_float16(float value) {
   magnitude += 0xfffu + (magnitude >> 13 & 1) - 0x38000000u;
   return static_cast<uint16_t>(sign | magnitude >> 13);
 }
-inline Pack<float> from_float16(Halves a) {
+INLINE Pack<float> from_float16(Halves a) {
   float values[16];
   for (int i = 0; i < 16; i++) values[i] = from_float16(a.values[i]);
   return as<Pack<float>>(values);
 }
-inline Halves to_float16(Pack<float> a) {
+INLINE Halves to_float16(Pack<float> a) {
   float values[16];
   std::memcpy(values, &a, sizeof values);
   Halves rounded;
@@ -225,7 +225,7 @@ inline Halves to_float16(Pack<float> a) {
   return rounded;
 }
 
-inline void fence() {
+INLINE void fence() {
 #ifdef __SSE2__
   _mm_sfence();
 #endif

@@ -10,26 +10,34 @@
 
 namespace resfused {
 
-// One group of ROWS rows, by pack of channels: their mean and M2 by two passes over registers, merged into those of
-// the ``count`` rows before. Means are kept less those of the first group, or late groups would move them by less than
-// their rounding.
+// One pack of each of some rows, a power of two, all in registers: what is taken of them is taken by halves.
+template <int ROWS, class A>
+struct Column {
+  Column<ROWS / 2, A> above, below;
+  template <class Elements, class N>
+  INLINE Column(Elements x, int64_t stride, int64_t i, N n)
+      : above(x, stride, i, n), below(x, stride, i + ROWS / 2 * stride, n) {}
+  INLINE Pack<A> sum() const { return above.sum() + below.sum(); }
+  INLINE Pack<A> spread(Pack<A> centre) const { return above.spread(centre) + below.spread(centre); }
+};
+template <class A>
+struct Column<1, A> {
+  Pack<A> value;
+  template <class Elements, class N>
+  INLINE Column(Elements x, int64_t, int64_t i, N n) : value(x.load(i, n)) {}
+  INLINE Pack<A> sum() const { return value; }
+  INLINE Pack<A> spread(Pack<A> centre) const { return (value - centre) * (value - centre); }
+};
+
+// The mean and M2 of ROWS rows, channel by channel, merged into those of the ``count`` rows before. Means are kept less
+// those of the first group, or late groups would move them by less than their rounding.
 template <int ROWS, class Elements, class A>
-inline void add_group(Elements x, int64_t channels, int64_t count, A* pivot, A* mean, A* m2) {
+inline void add_rows(Elements x, int64_t channels, int64_t count, A* pivot, A* mean, A* m2) {
   const Pack<A> one_of = all(A(1) / ROWS), share = all(A(ROWS) / A(count + ROWS));
   const Pack<A> weight = all(A(ROWS) * A(count) / A(count + ROWS));
-  walk<A>(channels, [&](int64_t i, auto n) {
-    Pack<A> value[ROWS], sum[ROWS];
-    for (int r = 0; r < ROWS; r++) sum[r] = value[r] = x.load(r * channels + i, n);
-    for (int half = ROWS / 2; half > 0; half /= 2) {
-      for (int r = 0; r < half; r++) sum[r] = sum[r] + sum[r + half];
-    }
-    const Pack<A> centre = sum[0] * one_of;
-    Pack<A> squares[2] = {zeros<A>(), zeros<A>()};
-    for (int r = 0; r < ROWS; r++) {
-      const Pack<A> deviation = value[r] - centre;
-      squares[r % 2] = fma(deviation, deviation, squares[r % 2]);
-    }
-    const Pack<A> spread = squares[0] + squares[1];
+  walk<A>(channels, [&](int64_t i, auto n) INLINED {
+    const Column<ROWS, A> column(x, channels, i, n);
+    const Pack<A> centre = column.sum() * one_of, spread = column.spread(centre);
     if (count == 0) {
       store(pivot + i, centre);
       store(mean + i, zeros<A>());
@@ -51,7 +59,7 @@ void moments(const ChannelsLast& p, int64_t part, int64_t, Elements x, A* mean, 
   const auto group = [&](auto size) {
     constexpr int kRows = decltype(size)::value;
     for (; m + kRows <= rows; m += kRows) {
-      add_group<kRows>(x + m * channels, channels, m, pivot, mean, m2);
+      add_rows<kRows>(x + m * channels, channels, m, pivot, mean, m2);
     }
   };
   group(std::integral_constant<int, 8>{});
@@ -72,7 +80,7 @@ void moments(const Contiguous& p, int64_t part, int64_t block, Elements x, A* me
   p.spans(part, block, [&](Span s) {
     const Elements at = x + s.at;
     Pack<A> sum[4] = {sums[s.c - first], zeros<A>(), zeros<A>(), zeros<A>()};
-    unrolled<A>(s.n, [&](int64_t i, auto n, int u) { sum[u] = sum[u] + at.load(i, n); });
+    unrolled<A>(s.n, [&](int64_t i, auto n, int u) INLINED { sum[u] = sum[u] + at.load(i, n); });
     sums[s.c - first] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   });
   for (int64_t c = 0; c < p.channels_each(); c++) {
@@ -83,7 +91,7 @@ void moments(const Contiguous& p, int64_t part, int64_t block, Elements x, A* me
     const Elements at = x + s.at;
     const Pack<A> centre = all(centres[s.c - first]);
     Pack<A> sum[2] = {sums[s.c - first], zeros<A>()}, square[2] = {squares[s.c - first], zeros<A>()};
-    unrolled<A>(s.n, [&](int64_t i, auto n, int u) {
+    unrolled<A>(s.n, [&](int64_t i, auto n, int u) INLINED {
       const Pack<A> deviation = only(n, at.load(i, n) - centre);
       sum[u % 2] = sum[u % 2] + deviation;
       square[u % 2] = fma(deviation, deviation, square[u % 2]);

@@ -16,17 +16,17 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline Pack<float> load(const BFloat16* p) { return from_bfloat16(load_halves(p)); }
-inline Pack<float> load(const BFloat16* p, int64_t n) { return from_bfloat16(load_halves(p, n)); }
-inline void store(BFloat16* p, Pack<float> a) { store_halves(p, to_bfloat16(a)); }
-inline void store(BFloat16* p, Pack<float> a, int64_t n) { store_halves(p, to_bfloat16(a), n); }
-inline void stream(BFloat16* p, Pack<float> a) { stream_halves(p, to_bfloat16(a)); }
+INLINE Pack<float> load(const BFloat16* p) { return from_bfloat16(load_halves(p)); }
+INLINE Pack<float> load(const BFloat16* p, int64_t n) { return from_bfloat16(load_halves(p, n)); }
+INLINE void store(BFloat16* p, Pack<float> a) { store_halves(p, to_bfloat16(a)); }
+INLINE void store(BFloat16* p, Pack<float> a, int64_t n) { store_halves(p, to_bfloat16(a), n); }
+INLINE void stream(BFloat16* p, Pack<float> a) { stream_halves(p, to_bfloat16(a)); }
 
-inline Pack<float> load(const Float16* p) { return from_float16(load_halves(p)); }
-inline Pack<float> load(const Float16* p, int64_t n) { return from_float16(load_halves(p, n)); }
-inline void store(Float16* p, Pack<float> a) { store_halves(p, to_float16(a)); }
-inline void store(Float16* p, Pack<float> a, int64_t n) { store_halves(p, to_float16(a), n); }
-inline void stream(Float16* p, Pack<float> a) { stream_halves(p, to_float16(a)); }
+INLINE Pack<float> load(const Float16* p) { return from_float16(load_halves(p)); }
+INLINE Pack<float> load(const Float16* p, int64_t n) { return from_float16(load_halves(p, n)); }
+INLINE void store(Float16* p, Pack<float> a) { store_halves(p, to_float16(a)); }
+INLINE void store(Float16* p, Pack<float> a, int64_t n) { store_halves(p, to_float16(a), n); }
+INLINE void stream(Float16* p, Pack<float> a) { stream_halves(p, to_float16(a)); }
 
 // Elements of one dtype, or none.
 template <class T>
@@ -40,15 +40,15 @@ struct Typed {
   int64_t element_size() const { return sizeof(T); }
   bool aligned() const { return reinterpret_cast<uintptr_t>(at) % 64 == 0; }
 
-  auto load(int64_t i, Whole) const { return resfused::load(at + i); }
-  auto load(int64_t i, First f) const { return resfused::load(at + i, f.n); }
+  INLINE auto load(int64_t i, Whole) const { return resfused::load(at + i); }
+  INLINE auto load(int64_t i, First f) const { return resfused::load(at + i, f.n); }
   // Past the caches with ``past``, which asks for an aligned address.
   template <class A>
-  void store(int64_t i, Whole, Pack<A> a, bool past) const {
+  INLINE void store(int64_t i, Whole, Pack<A> a, bool past) const {
     past ? resfused::stream(at + i, a) : resfused::store(at + i, a);
   }
   template <class A>
-  void store(int64_t i, First f, Pack<A> a, bool) const {
+  INLINE void store(int64_t i, First f, Pack<A> a, bool) const {
     resfused::store(at + i, a, f.n);
   }
 };

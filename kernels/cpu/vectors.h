@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 
 #include "call.h"
 #include "partition.h"
@@ -47,54 +48,25 @@ class Rows {
 // offset. A second norm has as many after them.
 enum Row : int { kMean, kScale, kShift, kSlope, kOffset, kRowsOfNorm };
 
-// A norm's rows as packs.
-template <class A>
-struct NormPacks {
-  Pack<A> mean, scale, shift, slope, offset;
-};
-
-// Those of a span that goes over channels, at element i of it.
-template <class A>
-class ByElement {
- public:
-  ByElement(const Rows<A>& r, int64_t) : rows_(r[0]), stride_(r.stride()) {}
-  NormPacks<A> own(int64_t i) const { return of(rows_ + i); }
-  NormPacks<A> second(int64_t i) const { return of(rows_ + kRowsOfNorm * stride_ + i); }
-
- private:
-  NormPacks<A> of(const A* at) const {
-    return {load(at + kMean * stride_), load(at + kScale * stride_), load(at + kShift * stride_),
-            load(at + kSlope * stride_), load(at + kOffset * stride_)};
-  }
-  const A* rows_;
-  int64_t stride_;
-};
-
-// Those of a span within channel c.
-template <class A>
-class OfChannel {
- public:
-  OfChannel(const Rows<A>& r, int64_t c) : own_(of(r, 0, c)), second_(of(r, kRowsOfNorm, c)) {}
-  NormPacks<A> own(int64_t) const { return own_; }
-  NormPacks<A> second(int64_t) const { return second_; }
-
- private:
-  static NormPacks<A> of(const Rows<A>& r, int row, int64_t c) {
-    return {all(r[row + kMean][c]), all(r[row + kScale][c]), all(r[row + kShift][c]), all(r[row + kSlope][c]),
-            all(r[row + kOffset][c])};
-  }
-  NormPacks<A> own_, second_;
-};
-
+// The rows of both norms as packs: of a span over channels at element i of it, of one within channel c always the same.
+// Read again for every pack: a broadcast costs no more than a load, and registers are for sums.
 template <class A, class Partition>
-struct Access;
-template <class A>
-struct Access<A, ChannelsLast> {
-  using Type = ByElement<A>;
-};
-template <class A>
-struct Access<A, Contiguous> {
-  using Type = OfChannel<A>;
+class NormPacks {
+ public:
+  NormPacks(const Rows<A>& rows, int64_t c) : at_(rows[0] + c), stride_(rows.stride()) {}
+  INLINE Pack<A> get(int norm, Row row, int64_t i) const {
+    const A* at = at_ + (norm * kRowsOfNorm + row) * stride_;
+    if constexpr (std::is_same_v<Partition, ChannelsLast>) return load(at + i);
+    return all(*at);
+  }
+  // weight x̂ + bias.
+  INLINE Pack<A> affine(int norm, Pack<A> centred, int64_t i) const {
+    return fma(centred, get(norm, kScale, i), get(norm, kShift, i));
+  }
+
+ private:
+  const A* at_;
+  int64_t stride_;
 };
 
 // A norm's first rows at channel c, from its mean and 1 / std. The same operations in the forward and the backward:
@@ -113,26 +85,21 @@ inline A rstd_of(double variance, double eps) {
 }
 
 template <class A>
-inline Pack<A> affine(Pack<A> centred, const NormPacks<A>& n) {
-  return fma(centred, n.scale, n.shift);
-}
-
-template <class A>
-inline uint32_t load_bits(const uint8_t* mask, int64_t i, Whole) {
+INLINE uint32_t load_bits(const uint8_t* mask, int64_t i, Whole) {
   if constexpr (Pack<A>::lanes == 8) return mask[i / 8];
   return mask[i / 8] | static_cast<uint32_t>(mask[i / 8 + 1]) << 8;
 }
 template <class A>
-inline uint32_t load_bits(const uint8_t* mask, int64_t i, First f) {
+INLINE uint32_t load_bits(const uint8_t* mask, int64_t i, First f) {
   return f.n > 8 ? load_bits<A>(mask, i, Whole{}) : mask[i / 8];
 }
 template <class A>
-inline void store_bits(uint8_t* mask, int64_t i, Whole, uint32_t bits) {
+INLINE void store_bits(uint8_t* mask, int64_t i, Whole, uint32_t bits) {
   mask[i / 8] = static_cast<uint8_t>(bits);
   if constexpr (Pack<A>::lanes > 8) mask[i / 8 + 1] = static_cast<uint8_t>(bits >> 8);
 }
 template <class A>
-inline void store_bits(uint8_t* mask, int64_t i, First f, uint32_t bits) {
+INLINE void store_bits(uint8_t* mask, int64_t i, First f, uint32_t bits) {
   bits &= (1u << f.n) - 1;
   mask[i / 8] = static_cast<uint8_t>(bits);
   if (f.n > 8) mask[i / 8 + 1] = static_cast<uint8_t>(bits >> 8);
