@@ -22,14 +22,14 @@ class Backward {
   using Elements = typename Kind::Elements;
   using Norms = NormPacks<A, Partition>;
   // Of dz, dz (x - mean), and dz (residual - mean).
-  static constexpr int kSums = 1 + NORMS;
+  static constexpr int kSumRows = 1 + NORMS;
 
  public:
   Backward(const BackwardCall& call, const Partition& p)
       : call_(call),
         p_(p),
         norm_(NORMS * kRowsOfNorm, call.shape.channels),
-        partials_(reduces() ? kSums * p.parts() : 0, call.shape.channels),
+        partials_(reduces() ? kSumRows * p.parts() : 0, call.shape.channels),
         reads_dz_(call.dz && call.dz.dtype == call.dy.dtype &&
                   (call.phases == kInputs || (call.phases == kAll && call.dy_fork && !p.channel_by_channel()))),
         writes_early_(call.phases == kLocal || (call.dz && call.phases == kSums) ||
@@ -49,8 +49,8 @@ class Backward {
     if (!reduces() && !writes_early_) return;
     const int64_t first = block * p_.channels_each();
     if constexpr (std::is_same_v<Partition, ChannelsLast>) {
-      A* rows = reduces() ? partials_[part * kSums] : nullptr;
-      if (reduces()) std::fill_n(rows, kSums * partials_.stride(), A(0));
+      A* rows = reduces() ? partials_[part * kSumRows] : nullptr;
+      if (reduces()) std::fill_n(rows, kSumRows * partials_.stride(), A(0));
       if (writes_early_) {
         p_.spans(part, block, [&](Span s) { sum_and_write(s, rows); });
       } else {
@@ -63,7 +63,7 @@ class Backward {
         writes_early_ ? sum_and_write(s, sums[s.c - first]) : sum(s, sums[s.c - first]);
       });
       for (int64_t c = 0; reduces() && c < p_.channels_in(block); c++) {
-        A* rows = partials_[part * kSums] + first + c;
+        A* rows = partials_[part * kSumRows] + first + c;
         rows[0] = static_cast<A>(total(sums[c].dz));
         rows[partials_.stride()] = static_cast<A>(total(sums[c].dz_x));
         if constexpr (NORMS == 2) rows[2 * partials_.stride()] = static_cast<A>(total(sums[c].dz_residual));
@@ -74,16 +74,16 @@ class Backward {
 
   __attribute__((noinline)) void merge(int64_t block) {
     if (!reduces()) return;
-    double sums[kSums][kChannels] = {};
+    double sums[kSumRows][kChannels] = {};
     const int64_t first = block * p_.channels_each(), n = p_.channels_in(block);
     for (int64_t part = 0; part < p_.parts(); part++) {
-      for (int row = 0; row < kSums; row++) {
-        const A* values = partials_[part * kSums + row] + first;
+      for (int row = 0; row < kSumRows; row++) {
+        const A* values = partials_[part * kSumRows + row] + first;
         for (int64_t c = 0; c < n; c++) sums[row][c] += values[c];
       }
     }
     for (int64_t c = 0; c < n; c++) {
-      double of_channel[kSums] = {sums[0][c]};
+      double of_channel[kSumRows] = {sums[0][c]};
       for (int i = 0; i < NORMS; i++) of_channel[1 + i] = sums[1 + i][c] * rstd(i, first + c);
       found(first + c, of_channel);
     }
@@ -129,12 +129,12 @@ class Backward {
   // A channel's sums: of dz, and of dz times each normalised input.
   void found(int64_t c, const double* sums) {
     if (call_.sums != nullptr) {
-      for (int row = 0; row < kSums; row++) stats_row(call_.sums, row)[c] = static_cast<A>(sums[row]);
+      for (int row = 0; row < kSumRows; row++) stats_row(call_.sums, row)[c] = static_cast<A>(sums[row]);
     }
     if (call_.dbias) write<A>(call_.dbias, c, sums[0]);
     if (call_.dweight) write<A>(call_.dweight, c, sums[1]);
     if (call_.dresidual_bias) write<A>(call_.dresidual_bias, c, sums[0]);
-    if (NORMS == 2 && call_.dresidual_weight) write<A>(call_.dresidual_weight, c, sums[kSums - 1]);
+    if (NORMS == 2 && call_.dresidual_weight) write<A>(call_.dresidual_weight, c, sums[kSumRows - 1]);
     const double values = static_cast<double>(call_.shape.values());
     for (int i = 0; i < NORMS; i++) finish(i, c, sums[0] / values, sums[1 + i] / values);
   }
