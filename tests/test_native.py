@@ -1,23 +1,18 @@
 """The kernels in C++: large shapes, any mixture of dtypes, threads, the phases alone, agreement with Triton's."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from oracle import FORMS, LAYOUTS, PARAMETERS, assert_close, in_layout, pre_activation, problem, relative_error, run
+from oracle import FORMS, LAYOUTS, PARAMETERS, assert_close, pre_activation, problem, relative_error, run
+from resfused.kernels import cpu
+from resfused.kernels.cpu import calls
 
 import resfused
 from resfused import functional, reference
-from resfused.kernels import cpu
-from resfused.kernels.cpu import calls
 from resfused.operator import phases
 
 CPU = torch.device("cpu")
-TESTS = Path(__file__).parent
 # Planes in one part, in pieces and several to a part; rows in one part and many, and to the last of a pack.
 LARGE = [(16, 64, 28, 28), (3, 5, 130, 101), (32, 256, 7, 7), (6, 24, 64, 64), (4096, 96), (70, 2048), (2, 3, 300, 401)]
 
@@ -119,7 +114,9 @@ def test_agreement_with_triton(form, layout, dtype):
         with resfused.use_backend("triton"):
             theirs = run(functional, p)
         unit = torch.finfo(dtype).eps
-        assert_close(ours, theirs, max(unit, 16 * unit if dtype.itemsize > 2 else 0, 4e-7 if dtype.itemsize == 4 else 0))
+        assert_close(
+            ours, theirs, max(unit, 16 * unit if dtype.itemsize > 2 else 0, 4e-7 if dtype.itemsize == 4 else 0)
+        )
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -187,9 +184,14 @@ def test_phases_alone(form, layout, dtype):
         exact = phases.local_statistics(double(x), double(residual), two)
         assert_close({"local": local}, {"local": exact}, tolerance)
         values = x.numel() // x.shape[1]
-        stats = torch.stack([r for i in range(0, len(exact), 2) for r in (exact[i], (exact[i + 1] / values + 0.1).rsqrt())])
+        stats = torch.stack(
+            [r for i in range(0, len(exact), 2) for r in (exact[i], (exact[i + 1] / values + 0.1).rsqrt())]
+        )
         own = stats.to(dtype)
-        norms = cpu.Norm(*affine[:2], None, None, 0.0, 0.0), cpu.Norm(*affine[3:], None, None, 0.0, 0.0) if two else None
+        norms = (
+            cpu.Norm(*affine[:2], None, None, 0.0, 0.0),
+            cpu.Norm(*affine[3:], None, None, 0.0, 0.0) if two else None,
+        )
         y, mask = cpu.normalise(x, residual, own, *norms)
         exact_y, on = phases.normalise(double(x), double(residual), stats, *wide)
         assert_close({"y": y}, {"y": exact_y}, tolerance)
@@ -258,33 +260,3 @@ def test_a_mask_of_other_kernels_is_refused():
 def test_empty_batches_take_plain_operators(native):
     assert functional.batch_norm_relu(torch.ones(0, 3), None, None, training=True).shape == (0, 3)
     assert not native
-
-
-COVERING = """
-import sys, torch, pytest
-from oracle import FORMS, LAYOUTS, assert_close, problem, run
-import resfused
-from resfused import functional, reference
-from resfused.kernels.cpu import build
-assert build.instruction_set() == sys.argv[1]
-torch.manual_seed(0)
-sys.path.insert(0, sys.argv[2])
-from test_native import LARGE, with_clear_signs
-for shape in ((2, 1), (33, 3), (5, 130), (3, 37, 5, 5), (2, 16, 3, 8), (5, 3, 7, 7), (2, 3, 50, 90)):
-    for layout in LAYOUTS:
-        for form in FORMS:
-            for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
-                for training in (True, False):
-                    p = with_clear_signs(problem(form, shape, dtype, torch.device("cpu"), training=training, layout=layout))
-                    assert resfused.backend_for(p.tensors["input"]) == "native"
-                    assert_close(run(functional, p), run(reference, p, torch.float64), tolerance)
-print("whole")
-"""
-
-
-def covering(kind, *before, **environment):
-    """Runs the covering set of problems in a process of its own; its last line is "whole"."""
-    environment = {**os.environ, "RESFUSED_BACKEND": "native", "OMP_NUM_THREADS": "2", **environment}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    code = "\n".join((*before, COVERING))
-    return subprocess.run([sys.executable, "-c", code, kind, str(TESTS)], env=environment, capture_output=True, text=True)
