@@ -26,9 +26,12 @@ for shape in SHAPES:
         for form in FORMS:
             for dtype, tolerance in TOLERANCE.items():
                 case += 1
+                # Pairwise: every other dtype, training twice as often as not.
+                if (case + case // 4) % 2:
+                    continue
                 training = case % 3 > 0
                 p = problem(form, shape, dtype, torch.device("cpu"), training=training, layout=layout)
-                if dtype.itemsize == 2 and form == FORMS[1] and case % 2:
+                if dtype.itemsize == 2 and form == FORMS[1] and case % 4 < 2:
                     # A mixture of dtypes.
                     p = p.with_(residual=p.tensors["residual"].float())
                 p = with_clear_signs(p, 1e-2 if dtype.itemsize == 2 else 1e-4)
