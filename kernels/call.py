@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .geometry import Geometry
-
 
 class Norm(NamedTuple):
     """One BatchNorm's tensors, each of shape (C,) or None, and numbers; no eps where nothing is to be normalised."""
@@ -46,19 +44,19 @@ def needs_mask(residual: Tensor | None, residual_norm: Norm | None) -> bool:
     return residual is not None and residual_norm is None
 
 
-def check_mask(mask: Tensor | None, g: Geometry) -> None:
-    """RuntimeError where a mask is not of geometry ``g``: other kernels made it."""
-    if mask is not None and mask.numel() != g.mask_numel:
+def check_mask(mask: Tensor | None, numel: int) -> None:
+    """RuntimeError where a mask has not as many bytes: other kernels made it."""
+    if mask is not None and mask.numel() != numel:
         raise RuntimeError("the backend was changed between a forward and its backward: the mask is another backend's")
 
 
 def outputs(
-    x: Tensor, residual: Tensor | None, residual_norm: Norm | None, g: Geometry, save_mask: bool
+    x: Tensor, residual: Tensor | None, residual_norm: Norm | None, mask_numel: int, save_mask: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Room for y, and for its mask where one is to be saved and needed."""
+    """Room for y, and for the bytes of its mask where one is to be saved and needed."""
     y = torch.empty_like(x, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
     masked = save_mask and needs_mask(residual, residual_norm)
-    return y, x.new_empty(g.mask_numel, dtype=torch.uint8) if masked else None
+    return y, x.new_empty(mask_numel, dtype=torch.uint8) if masked else None
 
 
 def parameter_gradients(norm: Norm, residual_norm: Norm | None, wanted: Gradients) -> list[Tensor | None]:

@@ -28,7 +28,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As ``kernels.gpu.forward``."""
     x, residual, g, acc = _prepare(x, residual)
-    y, mask = outputs(x, residual, residual_norm, g, save_mask)
+    y, mask = outputs(x, residual, residual_norm, g.mask_numel, save_mask)
     stats = x.new_empty((2 if residual_norm is None else 4, g.channels), dtype=acc) if training else None
     _call_forward(g, _FROM_BATCH if training else _RUNNING, x, residual, y, mask, stats, norm, residual_norm)
     return y, mask, stats
@@ -48,7 +48,7 @@ def normalise(
 ) -> tuple[Tensor, Tensor | None]:
     """As ``kernels.gpu.normalise``."""
     x, residual, g, _ = _prepare(x, residual)
-    y, mask = outputs(x, residual, residual_norm, g, save_mask=True)
+    y, mask = outputs(x, residual, residual_norm, g.mask_numel, save_mask=True)
     _call_forward(g, _GIVEN, x, residual, y, mask, stats.contiguous(), norm, residual_norm)
     return y, mask
 
@@ -177,7 +177,7 @@ def _call_backward(
     dy_fork = None if dy_fork is None else in_layout_of(dy_fork, x)
     residual = None if residual is None or residual_norm is None else in_layout_of(residual, x)
     g = plane_geometry(x)
-    check_mask(mask, g)
+    check_mask(mask, g.mask_numel)
     acc = accumulator(x, residual, dy, dy_fork, dz)
     stats = None if stats is None else stats.to(acc).contiguous()
     sums = None if sums is None else sums.to(acc).contiguous()

@@ -85,7 +85,7 @@ def forward(
     ``training``, or one and the clearing of its counters where the launch table says so.
     """
     call = Forward.of(x, residual, norm, residual_norm)
-    y, mask = outputs(call.x, call.residual, residual_norm, call.g, save_mask)
+    y, mask = outputs(call.x, call.residual, residual_norm, call.g.mask_numel, save_mask)
     if not training:
         launch_normalise(call, None, y, mask)
         return y, mask, None
@@ -115,7 +115,7 @@ def normalise(
 ) -> tuple[Tensor, Tensor | None]:
     """The last phase of ``forward``: y and its mask with given ``stats``, (mean, rstd[, mean, rstd]). One launch."""
     call = Forward.of(x, residual, norm, residual_norm)
-    y, mask = outputs(call.x, call.residual, residual_norm, call.g, save_mask=True)
+    y, mask = outputs(call.x, call.residual, residual_norm, call.g.mask_numel, save_mask=True)
     launch_normalise(call, stats, y, mask)
     return y, mask
 

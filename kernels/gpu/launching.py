@@ -65,7 +65,7 @@ class Backward(NamedTuple):
     ) -> Backward:
         x = dense(x)
         g = geometry(x)
-        check_mask(mask, g)
+        check_mask(mask, g.mask_numel)
         dy, dy_fork = gradients
         dy = in_layout_of(dy, x)
         residual = None if residual is None else in_layout_of(residual, x)

@@ -25,7 +25,7 @@ def library():
 
 def environment(**changes):
     kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RESFUSED_BACKEND", "CXX")}
-    kept["PYTHONPATH"] = os.pathsep.join([str(Path(resfused.__file__).parent.parent), str(TESTS)])
+    kept["PYTHONPATH"] = os.pathsep.join(map(str, (Path(resfused.__file__).parent.parent, TESTS, TESTS.parent)))
     return kept | {name: str(value) for name, value in changes.items()}
 
 

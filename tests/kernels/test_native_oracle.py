@@ -1,7 +1,13 @@
 """Every comparison of the kernels with an oracle, on those in C++: the tests of these modules, collected once more."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "operator"))
+
 from test_accuracy import *  # noqa: F403
 from test_functional import *  # noqa: F403
 from test_gradients import *  # noqa: F403
