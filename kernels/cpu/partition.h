@@ -93,8 +93,6 @@ class Contiguous {
   int64_t phase_blocks() const { return channel_blocks(); }
   // Whether a thread takes a block of channels through all phases: its first reading leaves it in the thread's cache.
   bool channel_by_channel() const { return by_channel_; }
-  int64_t stride() const { return 0; }
-  int64_t mask_stride() const { return 0; }
 
   template <class Visit>
   void spans(int64_t part, int64_t block, Visit visit) const {
