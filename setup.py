@@ -52,10 +52,16 @@ setup(
         *(f"resfused.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"resfused": "resfused", "resfused.kernels": "kernels"},
-    package_data={"resfused": ["py.typed"], "resfused.kernels.gpu": ["launch_table.json"]},
+    package_data={
+        "resfused": ["py.typed"],
+        "resfused.kernels.cpu": ["*.cpp", "*.h"],
+        "resfused.kernels.gpu": ["launch_table.json"],
+    },
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.11",
+        # Compiles the kernels for CPUs at first use.
+        "ninja>=1.11",
         # Triton has wheels for Linux only; elsewhere plain PyTorch operators run.
         "triton>=3.6; platform_system == 'Linux'",
     ],

@@ -42,3 +42,27 @@ def accumulator(*tensors: Tensor | None) -> torch.dtype:
 def needs_mask(residual: Tensor | None, residual_norm: Norm | None) -> bool:
     """Only a residual that is not saved for the backward hides the sign from it; else x and s give it again."""
     return residual is not None and residual_norm is None
+
+
+def check_mask(mask: Tensor | None, numel: int) -> None:
+    """RuntimeError where a mask has not as many bytes: other kernels made it."""
+    if mask is not None and mask.numel() != numel:
+        raise RuntimeError("the backend was changed between a forward and its backward: the mask is another backend's")
+
+
+def outputs(
+    x: Tensor, residual: Tensor | None, residual_norm: Norm | None, mask_numel: int, save_mask: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Room for y, and for the bytes of its mask where one is to be saved and needed."""
+    y = torch.empty_like(x, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+    masked = save_mask and needs_mask(residual, residual_norm)
+    return y, x.new_empty(mask_numel, dtype=torch.uint8) if masked else None
+
+
+def parameter_gradients(norm: Norm, residual_norm: Norm | None, wanted: Gradients) -> list[Tensor | None]:
+    """Room for the wanted gradients of the parameters."""
+    second = (None, None) if residual_norm is None else (residual_norm.weight, residual_norm.bias)
+    return [
+        torch.empty_like(p, memory_format=torch.contiguous_format) if want and p is not None else None
+        for p, want in zip((norm.weight, norm.bias, *second), wanted[2:], strict=True)
+    ]

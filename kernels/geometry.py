@@ -74,12 +74,18 @@ def walks_columns(images: int, plane: int) -> bool:
 
 def geometry(x: Tensor) -> Geometry:
     """The geometry of a dense activation, as ``dense`` returns it."""
+    g = plane_geometry(x)
+    if not g.channels_last and walks_columns(g.groups, g.positions):
+        return Geometry(True, 1, g.groups, g.columns * g.positions, g.positions)
+    return g
+
+
+def plane_geometry(x: Tensor) -> Geometry:
+    """The same without columns, however small the planes."""
     batch, channels = x.shape[0], x.shape[1]
     spatial = x.numel() // max(batch * channels, 1)
     if is_channels_last(x):
         return Geometry(True, 1, batch * spatial, channels)
-    if walks_columns(batch, spatial):
-        return Geometry(True, 1, batch, channels * spatial, spatial)
     return Geometry(False, batch, spatial, channels)
 
 
@@ -107,8 +113,16 @@ def _strides_channels_last(x: Tensor) -> bool:
 
 
 def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
-    """The booleans of a packed mask, in the shape of the activation ``like`` that ``forward`` made it for."""
-    g = geometry(dense(like))
+    """The booleans of a packed mask, in the shape of the activation ``like`` that it was made for."""
+    return _unpack(mask, like, geometry(dense(like)))
+
+
+def unpack_plane_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """The same of a mask in ``plane_geometry``."""
+    return _unpack(mask, like, plane_geometry(dense(like)))
+
+
+def _unpack(mask: Tensor, like: Tensor, g: Geometry) -> Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
     bits = (mask.view(-1, -(-g.inner // 8), 1) >> shifts & 1).flatten(1)[:, : g.inner].bool()
     if g.channels_last and g.plane == 1:

@@ -1,8 +1,10 @@
-"""Which implementation a tensor takes: the Triton kernels, or plain PyTorch operators."""
+"""Which implementation a tensor takes: the Triton kernels, those in C++ for CPUs, or plain PyTorch operators."""
 
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -11,10 +13,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "triton", "torch"]
+Backend = Literal["auto", "triton", "native", "torch"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _VARIABLE = "RESFUSED_BACKEND"
+_warned = False
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -30,16 +33,17 @@ _chosen = _checked(os.environ.get(_VARIABLE, "auto"), _VARIABLE)
 
 
 def get_backend() -> Backend:
-    """The backend in force: ``"auto"``, ``"triton"`` or ``"torch"``."""
+    """The backend in force: ``"auto"``, ``"triton"``, ``"native"`` or ``"torch"``."""
     return _chosen
 
 
 def set_backend(name: Backend) -> None:
     """Chooses what every later call runs on; the environment variable ``RESFUSED_BACKEND`` sets the start value.
 
-    ``"auto"``: the Triton kernels for CUDA and ROCm tensors, and for CPU tensors in a process started with
-    ``TRITON_INTERPRET=1``; plain PyTorch operators elsewhere. ``"triton"``: the kernels, or a RuntimeError where they
-    cannot run. ``"torch"``: plain PyTorch operators.
+    ``"auto"``: the Triton kernels for CUDA and ROCm tensors; for CPU tensors the kernels in C++, which the first call
+    compiles (``python -m resfused.build`` does it ahead), or Triton's in a process started with ``TRITON_INTERPRET=1``;
+    plain PyTorch operators elsewhere, and with a warning where nothing can be compiled. ``"triton"``, ``"native"``: the
+    Triton kernels, or those in C++, or a RuntimeError where they cannot run. ``"torch"``: plain PyTorch operators.
 
     Raises: ValueError for another name, RuntimeError for ``"triton"`` where Triton is not installed.
     """
@@ -58,30 +62,37 @@ def use_backend(name: Backend) -> Iterator[None]:
         set_backend(before)
 
 
-def backend_for(x: Tensor) -> Literal["triton", "torch"]:
-    """``"triton"`` or ``"torch"``: what an activation ``x`` takes under the backend in force.
+def backend_for(x: Tensor) -> Literal["triton", "native", "torch"]:
+    """``"triton"``, ``"native"`` or ``"torch"``: what an activation ``x`` takes under the backend in force.
 
-    Raises: TypeError where ``x`` is not a tensor; RuntimeError where ``"triton"`` is forced and ``x`` cannot take it.
+    Raises: TypeError where ``x`` is not a tensor; RuntimeError where a backend is forced that ``x`` cannot take.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a Tensor, but got {type(x).__name__}")
     if _chosen == "torch":
         return "torch"
-    obstacle = _obstacle(x)
+    name, obstacle = _kernels_for(x)
     if obstacle is None:
-        return "triton"
+        return name
     # There is nothing to launch for an empty tensor: that is no reason to refuse it.
-    if _chosen == "triton" and x.numel() > 0:
-        raise RuntimeError(f"the backend 'triton' was forced, but input {obstacle}")
+    if _chosen != "auto" and x.numel() > 0:
+        raise RuntimeError(f"the backend {_chosen!r} was forced, but input {obstacle}")
     return "torch"
 
 
 def require_kernels(x: Tensor) -> Any:
     """The kernels, for an activation ``x`` that they can take; RuntimeError for any other."""
-    obstacle = _obstacle(x)
+    name, obstacle = _kernels_for(x)
     if obstacle is not None:
-        raise RuntimeError(f"the Triton kernels cannot run: input {obstacle}")
-    return load_kernels()
+        raise RuntimeError(f"the {name} kernels cannot run: input {obstacle}")
+    return load_kernels() if name == "triton" else _native_kernels()
+
+
+def _kernels_for(x: Tensor) -> tuple[Literal["triton", "native"], str | None]:
+    """Whose turn ``x`` is, and why those kernels cannot take it, as the end of a sentence about it, or None."""
+    if _chosen == "native" or (_chosen != "triton" and x.device.type == "cpu" and not _interpreted()):
+        return "native", _native_obstacle(x)
+    return "triton", _triton_obstacle(x)
 
 
 def load_kernels() -> Any:
@@ -94,14 +105,57 @@ def load_kernels() -> Any:
     return gpu
 
 
-def _obstacle(x: Tensor) -> str | None:
-    """Why the kernels cannot take ``x``, as the end of a sentence about it; None where they can."""
+def _native_kernels() -> Any:
+    from .kernels import cpu
+
+    return cpu
+
+
+def _triton_obstacle(x: Tensor) -> str | None:
     if not _HAS_TRITON:
         return "needs the triton package, which is not installed"
     if not x.is_cuda and not (x.device.type == "cpu" and load_kernels().INTERPRETED):
         return f"is on {x.device}, and needs a CUDA or ROCm device, or the CPU with TRITON_INTERPRET=1"
+    return _unfit(x)
+
+
+def _native_obstacle(x: Tensor) -> str | None:
+    """Compiles the kernels where nothing else is in their way."""
+    if x.device.type != "cpu":
+        return f"is on {x.device}, and needs the CPU"
+    return _unfit(x) or _unbuilt(_chosen == "auto")
+
+
+def _unfit(x: Tensor) -> str | None:
+    """What no kernels take."""
     if x.dtype not in FLOATS:
         return f"has dtype {x.dtype}, and needs one of {', '.join(map(str, FLOATS))}"
     if x.numel() == 0:
         return f"is empty, of shape {tuple(x.shape)}"
     return None
+
+
+def _unbuilt(warn: bool) -> str | None:
+    """Compiles the kernels for CPUs, at the first call; what stands in the way."""
+    global _warned
+    reason = _native_kernels().obstacle()
+    if reason is None:
+        return None
+    if warn and not _warned:
+        _warned = True
+        warnings.warn(f"plain PyTorch operators run on the CPU, as its kernels cannot: {reason}", stacklevel=2)
+    return f"needs kernels that cannot be had here: {reason}"
+
+
+def _interpreted() -> bool:
+    """Whether CPU tensors take Triton's interpreter. Triton is not imported to say that they do not."""
+    defined = sys.modules.get(f"{__package__}.kernels.gpu")
+    if defined is None and not os.environ.get("TRITON_INTERPRET"):
+        return False
+    return _HAS_TRITON and bool(load_kernels().INTERPRETED)
+
+
+# torch.compile asks once and takes the answers for constants, as torch.compiler.assume_constant_result would have it;
+# that function imports the whole compiler.
+for _asked in (_unbuilt, _interpreted):
+    vars(_asked)["_dynamo_marked_constant"] = True

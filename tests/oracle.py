@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+import resfused
 from resfused import reference
 
 FORMS = ("norm+relu", "norm+add+relu", "norm+add(norm)+relu")
@@ -116,6 +117,11 @@ def call(implementation: ModuleType, p: Problem, t: dict[str, Tensor | None]) ->
         t["input"], t["residual"], *map(get, STATISTICS), *own, get("residual_weight"), get("residual_bias"),
         p.training, **p.numbers, **numbers,
     )  # fmt: skip
+
+
+def kernels_in_force() -> str:
+    """The backend that a test must run: the one it forces, or else Triton's kernels."""
+    return "triton" if resfused.get_backend() == "auto" else resfused.get_backend()
 
 
 def pre_activation(p: Problem) -> Tensor:

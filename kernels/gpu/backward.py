@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Gradients, Norm
+from ..call import Gradients, Norm, parameter_gradients
 from ..geometry import in_layout_of
 from . import launch_table
 from .apply import Sums, apply, launch_apply
@@ -82,7 +82,7 @@ def backward(
         dz = torch.empty_like(call.x, dtype=residual_dtype)
     elif wanted.residual and call.residual is not None:
         dresidual = torch.empty_like(call.residual)
-    parameters = _parameter_gradients(norm, residual_norm, wanted)
+    parameters = parameter_gradients(norm, residual_norm, wanted)
     waiting = stats is not None and any(t is not None for t in (dx, dresidual))
     if waiting and launch_table.takes_one_launch("backward", call.g):
         _launch_backward(call, dz, dx, dresidual, parameters)
@@ -111,7 +111,7 @@ def local_sums(
     call = Backward.of((dy, dy_fork), x, residual, mask, stats, (norm, residual_norm))
     residual_alone = wanted.residual and residual_norm is None
     dz = torch.empty_like(call.x, dtype=residual_dtype) if residual_alone else None
-    parameters = _parameter_gradients(norm, residual_norm, wanted)
+    parameters = parameter_gradients(norm, residual_norm, wanted)
     sums = call.x.new_empty((call.rows, call.g.channels), dtype=call.acc)
     launch_sums(call, (dz, None, None), parameters, sums, frozen=False)
     return sums, Gradients(None, dz, *parameters)
@@ -177,12 +177,3 @@ def _launch_backward(
         *parameters, *call.vectors, g.values, g.groups, g.positions, g.channels, launch.programs, launch.slice_blocks,
         ROWS=call.rows, **one_launch_options(launch, g, call.acc),
     )  # fmt: skip
-
-
-def _parameter_gradients(norm: Norm, residual_norm: Norm | None, wanted: Gradients) -> list[Tensor | None]:
-    """Room for the wanted gradients of the parameters."""
-    second = (None, None) if residual_norm is None else (residual_norm.weight, residual_norm.bias)
-    return [
-        torch.empty_like(p, memory_format=torch.contiguous_format) if want and p is not None else None
-        for p, want in zip((norm.weight, norm.bias, *second), wanted[2:], strict=True)
-    ]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import NOTHING_BUT_STATISTICS, Norm, needs_mask
+from ..call import NOTHING_BUT_STATISTICS, Norm, outputs
 from . import launch_table
 from .launching import Forward, one_launch_options
 from .normalise import Spread, launch_normalise
@@ -85,7 +85,7 @@ def forward(
     ``training``, or one and the clearing of its counters where the launch table says so.
     """
     call = Forward.of(x, residual, norm, residual_norm)
-    y, mask = _outputs(call, save_mask)
+    y, mask = outputs(call.x, call.residual, residual_norm, call.g.mask_numel, save_mask)
     if not training:
         launch_normalise(call, None, y, mask)
         return y, mask, None
@@ -115,17 +115,9 @@ def normalise(
 ) -> tuple[Tensor, Tensor | None]:
     """The last phase of ``forward``: y and its mask with given ``stats``, (mean, rstd[, mean, rstd]). One launch."""
     call = Forward.of(x, residual, norm, residual_norm)
-    y, mask = _outputs(call, save_mask=True)
+    y, mask = outputs(call.x, call.residual, residual_norm, call.g.mask_numel, save_mask=True)
     launch_normalise(call, stats, y, mask)
     return y, mask
-
-
-def _outputs(call: Forward, save_mask: bool) -> tuple[Tensor, Tensor | None]:
-    """Room for y, and for its mask where one is to be saved and needed."""
-    x, residual = call.x, call.residual
-    y = torch.empty_like(x, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
-    masked = save_mask and needs_mask(residual, call.residual_norm)
-    return y, x.new_empty(call.g.mask_numel, dtype=torch.uint8) if masked else None
 
 
 def _room_for_statistics(call: Forward) -> Tensor:

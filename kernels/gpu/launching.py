@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Norm, accumulator
+from ..call import Norm, accumulator, check_mask
 from ..geometry import Geometry, dense, geometry, in_layout_of
 from . import launch_table
 
@@ -64,6 +64,8 @@ class Backward(NamedTuple):
         norms: tuple[Norm, Norm | None],
     ) -> Backward:
         x = dense(x)
+        g = geometry(x)
+        check_mask(mask, g.mask_numel)
         dy, dy_fork = gradients
         dy = in_layout_of(dy, x)
         residual = None if residual is None else in_layout_of(residual, x)
@@ -76,7 +78,7 @@ class Backward(NamedTuple):
             norm_vectors(stats, norm, residual_norm),
             (norm.eps, norm.eps if residual_norm is None else residual_norm.eps),
             2 if residual_norm is None else 3,
-            geometry(x),
+            g,
             accumulator(x, residual, dy),
         )
 

@@ -6,7 +6,7 @@ import sys
 
 from torch import nn
 
-from ..backend import backend_for
+from ..backend import backend_for, get_backend
 from .fused_forward import FusedForward
 from .planning import Filter, Planner
 from .reasons import left
@@ -51,8 +51,12 @@ def unfuse_(model: nn.Module) -> None:
 
 def _on_kernels(model: nn.Module) -> bool:
     """Whether activations take the kernels where the model's parameters lie."""
+    places = [p for p in model.parameters() if p.is_floating_point()]
+    # A CPU's are not compiled to find out: the model may be on its way to a GPU.
+    if get_backend() == "auto" and any(p.device.type == "cpu" for p in places):
+        return True
     try:
-        return any(backend_for(p) == "triton" for p in model.parameters() if p.is_floating_point())
+        return any(backend_for(p) != "torch" for p in places)
     except RuntimeError:
         # The kernels are forced; they cannot run there.
         return False

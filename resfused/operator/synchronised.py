@@ -122,7 +122,7 @@ class SynchronisedResidualBlock(torch.autograd.Function):
 
 
 def _phases(backend: str) -> Any:
-    return ops if backend == "triton" else phases
+    return phases if backend == "torch" else ops
 
 
 def _gather(local: Tensor, count: int, process_group: Any) -> tuple[Tensor, Tensor]:

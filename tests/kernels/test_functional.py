@@ -10,16 +10,16 @@ from conftest import LAUNCHES
 from covering import covering
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import FORMS, LAYOUTS, PARAMETERS, TOLERANCE, assert_close, in_layout, problem, run
-from resfused.kernels import gpu
+from oracle import FORMS, LAYOUTS, PARAMETERS, TOLERANCE, assert_close, in_layout, kernels_in_force, problem, run
 
 import resfused.functional as fused
 from resfused import backend_for, reference
+from resfused.backend import require_kernels
 
 
 def check(p):
     """Ours in the problem's dtype against the reference in float64, kernels and not the fallback."""
-    assert backend_for(p.tensors["input"]) == "triton"
+    assert backend_for(p.tensors["input"]) == kernels_in_force()
     dtype = torch.promote_types(p.tensors["input"].dtype, p.dy.dtype)
     actual = run(fused, p)
     assert_close(actual, run(reference, p, torch.float64), TOLERANCE[dtype])
@@ -216,7 +216,8 @@ def test_shared_running_statistics_are_updated_one_after_the_other(shared, compi
         return {"y": y, "memory": memory}
 
     call = ours if compiler is None else torch.compile(ours, backend=compiler, fullgraph=True)
-    with mock.patch.object(gpu, "forward", wraps=gpu.forward) as launched:
+    kernels = require_kernels(p.tensors["input"])
+    with mock.patch.object(kernels, "forward", wraps=kernels.forward) as launched:
         assert_close(updated(call), updated(eager), 1e-12)
     ((_, _, norm, residual_norm, *_), _) = launched.call_args
     vectors = [v for n in (norm, residual_norm) for v in (n.running_mean, n.running_var)]
@@ -226,7 +227,8 @@ def test_shared_running_statistics_are_updated_one_after_the_other(shared, compi
 def test_norms_apart_in_one_storage_are_updated_in_one_launch(device):
     p = problem("norm+add(norm)+relu", (4, 5, 3, 3), torch.float64, device)
     memory = torch.ones(20, dtype=torch.float64, device=device)
-    with mock.patch.object(gpu, "forward", wraps=gpu.forward) as launched:
+    kernels = require_kernels(p.tensors["input"])
+    with mock.patch.object(kernels, "forward", wraps=kernels.forward) as launched:
         fused.batch_norm_add_batch_norm_relu(
             p.tensors["input"], p.tensors["residual"], *memory.view(4, 5), training=True
         )

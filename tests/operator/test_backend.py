@@ -45,26 +45,43 @@ def test_forcing_the_kernels(device):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="backend must be one of auto, triton, torch, but got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, triton, native, torch, but got 'cuda'"):
         resfused.set_backend("cuda")
     assert "RESFUSED_BACKEND must be one of" in python("import resfused", RESFUSED_BACKEND="fast").stderr
 
 
-def test_plain_cpu_takes_pytorch():
-    code = "import torch, resfused; print(resfused.backend_for(torch.ones(2, 3)))"
-    assert python(code).stdout.strip() == "torch"
-    assert python(code, TRITON_INTERPRET="1").stdout.strip() == "triton"
-    assert python(code, TRITON_INTERPRET="1", RESFUSED_BACKEND="torch").stdout.strip() == "torch"
+def test_plain_cpu_takes_the_native_kernels():
+    code = (
+        "import sys, torch, resfused; x = torch.ones(2, 3); print(resfused.backend_for(x), 'triton' in sys.modules);"
+        "resfused.functional.batch_norm_relu(x, None, None, training=True)"
+    )
+    assert python(code).stdout.split() == ["native", "False"]
+    assert python(code, TRITON_INTERPRET="1").stdout.split() == ["triton", "True"]
+    assert python(code, TRITON_INTERPRET="1", RESFUSED_BACKEND="native").stdout.split() == ["native", "False"]
+    assert python(code, RESFUSED_BACKEND="torch").stdout.split() == ["torch", "False"]
     forced = python(code, RESFUSED_BACKEND="triton")
     assert "input is on cpu, and needs a CUDA or ROCm device, or the CPU with TRITON_INTERPRET=1" in forced.stderr
+
+
+def test_forcing_the_native_kernels():
+    with resfused.use_backend("native"):
+        assert resfused.get_backend() == "native"
+        assert resfused.backend_for(torch.ones(2, 3)) == "native"
+        assert resfused.backend_for(torch.ones(0, 3)) == "torch"
+        with pytest.raises(RuntimeError, match="'native' was forced, but input is on meta, and needs the CPU"):
+            resfused.backend_for(torch.ones(2, 3, device="meta"))
+        with pytest.raises(RuntimeError, match="'native' was forced, but input has dtype"):
+            resfused.backend_for(torch.ones(2, 3, dtype=torch.int64))
 
 
 def test_without_triton():
     hide = "import sys; sys.modules['triton'] = None; import torch, resfused;"
     train = (
-        "b = resfused.ResidualBlock(4); b(torch.randn(2, 4, 5, 5)).sum().backward(); print(b.conv1.weight.grad.shape)"
+        "b = resfused.ResidualBlock(4); b(torch.randn(2, 4, 5, 5)).sum().backward();"
+        "print(b.conv1.weight.grad.shape, resfused.backend_for(torch.ones(2, 3)))"
     )
-    assert python(hide + train).stdout.strip() == "torch.Size([4, 4, 3, 3])"
+    assert python(hide + train).stdout.strip() == "torch.Size([4, 4, 3, 3]) native"
+    assert python(hide + train, RESFUSED_BACKEND="torch").stdout.strip() == "torch.Size([4, 4, 3, 3]) torch"
     forced = python(hide, RESFUSED_BACKEND="triton")
     assert "needs the triton package, and it is not installed" in forced.stderr
 

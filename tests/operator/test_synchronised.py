@@ -23,7 +23,7 @@ TESTS = Path(__file__).parents[1]
 SECONDS = 150
 
 
-@pytest.mark.parametrize(("backend", "processes"), [("triton", 3), ("torch", 2)])
+@pytest.mark.parametrize(("backend", "processes"), [("triton", 3), ("native", 2), ("torch", 2)])
 def test_processes(backend, processes, tmp_path):
     """Every case of synchronised_cases.py, on the CPU with gloo; a process's tracebacks are the message."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"RESFUSED_BACKEND": backend}

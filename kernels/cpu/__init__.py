@@ -1,0 +1,28 @@
+"""The kernels for CPUs, in C++: the functions of ``kernels.gpu``, with the same arguments and results."""
+
+from ..call import Gradients, Norm, accumulator
+from ..geometry import dense, plane_geometry, unpack_plane_mask
+from .build import UnavailableError, built, load, obstacle
+from .calls import backward, forward, input_gradients, local_statistics, local_sums, normalise
+
+geometry = plane_geometry
+unpack_mask = unpack_plane_mask
+
+__all__ = [
+    "Gradients",
+    "Norm",
+    "UnavailableError",
+    "accumulator",
+    "backward",
+    "built",
+    "dense",
+    "forward",
+    "geometry",
+    "input_gradients",
+    "load",
+    "local_statistics",
+    "local_sums",
+    "normalise",
+    "obstacle",
+    "unpack_mask",
+]

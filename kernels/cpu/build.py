@@ -1,0 +1,208 @@
+"""The library of the C++ kernels: compiled at first use, kept in a cache folder, loaded once a process."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent
+UNITS = {
+    f"{direction}_{kind}": (f"{direction}.cpp", f"-DKIND={kind}Kind")
+    for direction in ("backward", "forward")
+    for kind in ("Mixed", "Wide", "Float32", "BFloat16")
+} | {"entry": ("entry.cpp", "")}
+# No -ffast-math: NaN must stay. No contraction: the sign of z must be the same wherever it is computed.
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w")
+# By the instruction set that PyTorch itself takes on this processor (ATEN_CPU_CAPABILITY limits both).
+INSTRUCTION_SETS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+}
+# Seconds after which a process that waits for another's build makes its own; building twice does no harm.
+PATIENCE = 120
+
+
+class UnavailableError(RuntimeError):
+    """The kernels cannot run on this machine; the message says why."""
+
+
+_lock = threading.Lock()
+_library: ctypes.CDLL | None = None
+_obstacle: str | None = None
+
+
+def load() -> ctypes.CDLL:
+    """The library, built where it is not in the cache yet.
+
+    Raises: UnavailableError, at every call after the first too.
+    """
+    global _library, _obstacle
+    with _lock:
+        if _library is None and _obstacle is None:
+            try:
+                # After torch, whose OpenMP it then shares.
+                _library = ctypes.CDLL(str(built()))
+            except (UnavailableError, OSError) as error:
+                _obstacle = str(error)
+        if _library is None:
+            raise UnavailableError(_obstacle)
+        return _library
+
+
+def obstacle() -> str | None:
+    """Why the kernels cannot run in this process, or None where they can: then the library is built and loaded."""
+    if _library is None:
+        try:
+            load()
+        except UnavailableError as error:
+            return str(error)
+    return None
+
+
+def cache_folder() -> Path:
+    """``RESFUSED_CACHE``, or resfused in the user's folder for caches."""
+    own = os.environ.get("RESFUSED_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resfused"
+
+
+def instruction_set() -> str:
+    """The name of what is compiled for: the widest that this processor has and ``INSTRUCTION_SETS`` knows."""
+    name = torch.backends.cpu.get_cpu_capability()
+    return name if name in INSTRUCTION_SETS and platform.machine() == "x86_64" else "baseline"
+
+
+def built(flags: tuple[str, ...] = ()) -> Path:
+    """The path of the library for this machine, with further ``flags``; compiles it where it is not in the cache.
+
+    Raises: UnavailableError with the reason.
+    """
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        raise UnavailableError(
+            f"they are for Linux on x86_64 or aarch64, and this is {sys.platform} on {platform.machine()}"
+        )
+    compiler = _compiler()
+    flags = (*FLAGS, *INSTRUCTION_SETS.get(instruction_set(), ()), *flags)
+    folder = cache_folder()
+    path = folder / f"{_key(compiler, flags)}.so"
+    if path.exists():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _turn(path.with_suffix(".lock")):
+            if not path.exists():
+                _build(compiler, flags, path)
+    except OSError as error:
+        raise UnavailableError(f"they cannot be built into {folder}: {error}") from error
+    return path
+
+
+def _compiler() -> list[str]:
+    """The command of a C++ compiler: ``CXX``, or the first one found."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    names = [asked] if asked else [["c++"], ["g++"], ["clang++"]]
+    for name, *rest in names:
+        found = shutil.which(name)
+        if found is not None:
+            return [found, *rest]
+    raise UnavailableError(f"no C++ compiler was found: {' or '.join(n[0] for n in names)}")
+
+
+def _ninja() -> str:
+    try:
+        from ninja import BIN_DIR
+    except ModuleNotFoundError:
+        BIN_DIR = None
+    found = shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
+    if found is None:
+        raise UnavailableError("ninja was not found, which builds them")
+    return found
+
+
+def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
+    """A hash of all that the library depends on."""
+    parts = [platform.machine(), instruction_set(), *compiler, _output([*compiler, "--version"]), *flags]
+    for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
+        parts += [source.name, source.read_text()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _build(compiler: list[str], flags: tuple[str, ...], path: Path) -> None:
+    """Compiles and links elsewhere, and puts the whole library at ``path`` in one step."""
+    ninja = _ninja()
+    print(f"resfused: compiling the kernels for this CPU into {path.parent}, once", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="resfused-") as folder:
+        (Path(folder) / "build.ninja").write_text(_plan(compiler, flags))
+        _output([ninja, "-C", folder])
+        partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+        try:
+            shutil.copy(Path(folder) / "library.so", partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _plan(compiler: list[str], flags: tuple[str, ...]) -> str:
+    """build.ninja."""
+    lines = [
+        f"cxx = {shlex.join(compiler)}",
+        f"flags = {shlex.join(flags)}",
+        "rule compile",
+        "  command = $cxx $flags $unit -c $in -o $out",
+        "rule link",
+        "  command = $cxx $flags -shared $in -o $out",
+    ]
+    for name, (source, unit) in UNITS.items():
+        lines += [f"build {name}.o: compile {_escaped(SOURCES / source)}", f"  unit = {unit}"]
+    lines += [f"build library.so: link {' '.join(f'{name}.o' for name in UNITS)}", "default library.so", ""]
+    return "\n".join(lines)
+
+
+def _escaped(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints; its last words in an UnavailableError where it fails."""
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
+        )
+    except OSError as error:
+        raise UnavailableError(f"{command[0]} could not be started: {error}") from error
+    if done.returncode != 0:
+        words = "\n".join(done.stdout.strip().splitlines()[-20:])
+        raise UnavailableError(f"{shlex.join(command)} failed with exit status {done.returncode}:\n{words}")
+    return done.stdout
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Holds a lock on a file, which the system takes from a process that dies; after ``PATIENCE`` goes on without."""
+    import fcntl
+
+    with path.open("w") as file:
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:
+                # A file system without locks.
+                break
+        yield

@@ -1,0 +1,249 @@
+"""The calls of the C++ kernels: tensors in, one record to the library, tensors out."""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import NOTHING_BUT_STATISTICS, Gradients, Norm, accumulator, check_mask, outputs, parameter_gradients
+from ..geometry import Geometry, dense, in_layout_of, plane_geometry
+from . import build
+
+# The records of call.h, and the numbers of its enums.
+_NORM = "8q2d"
+_FORWARD = struct.Struct(f"=7q 2q 6q 2q {_NORM} {_NORM}")
+_BACKWARD = struct.Struct(f"=7q 2q 14q 3q {_NORM} {_NORM} 8q")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_FROM_BATCH, _MOMENTS, _GIVEN, _RUNNING = range(4)
+_ALL, _SUMS, _INPUTS, _LOCAL = range(4)
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, save_mask: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As ``kernels.gpu.forward``."""
+    x, residual, g, acc = _prepare(x, residual)
+    y, mask = outputs(x, residual, residual_norm, g.mask_numel, save_mask)
+    stats = x.new_empty((2 if residual_norm is None else 4, g.channels), dtype=acc) if training else None
+    _call_forward(g, _FROM_BATCH if training else _RUNNING, x, residual, y, mask, stats, norm, residual_norm)
+    return y, mask, stats
+
+
+def local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) -> Tensor:
+    """As ``kernels.gpu.local_statistics``."""
+    x, residual, g, acc = _prepare(x, residual)
+    stats = x.new_empty((4 if norm_residual else 2, g.channels), dtype=acc)
+    second = NOTHING_BUT_STATISTICS if norm_residual else None
+    _call_forward(g, _MOMENTS, x, residual, x, None, stats, NOTHING_BUT_STATISTICS, second)
+    return stats
+
+
+def normalise(
+    x: Tensor, residual: Tensor | None, stats: Tensor, norm: Norm, residual_norm: Norm | None
+) -> tuple[Tensor, Tensor | None]:
+    """As ``kernels.gpu.normalise``."""
+    x, residual, g, _ = _prepare(x, residual)
+    y, mask = outputs(x, residual, residual_norm, g.mask_numel, save_mask=True)
+    _call_forward(g, _GIVEN, x, residual, y, mask, stats.contiguous(), norm, residual_norm)
+    return y, mask
+
+
+def backward(
+    dy: Tensor,
+    dy_fork: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    residual_dtype: torch.dtype | None,
+    mask: Tensor | None,
+    stats: Tensor | None,
+    norm: Norm,
+    residual_norm: Norm | None,
+    wanted: Gradients,
+) -> Gradients:
+    """As ``kernels.gpu.backward``."""
+    x = dense(x)
+    dx = torch.empty_like(x) if wanted.x else None
+    dz = dresidual = None
+    if wanted.residual and residual_norm is None:
+        dz = torch.empty_like(x, dtype=residual_dtype)
+    elif wanted.residual and residual is not None:
+        dresidual = torch.empty_like(x, dtype=residual.dtype)
+    parameters = parameter_gradients(norm, residual_norm, wanted)
+    phases = _ALL if stats is not None else _LOCAL
+    _call_backward(
+        phases, dy, dy_fork, x, residual, dz, dx, dresidual, mask, stats, None, norm, residual_norm, parameters
+    )
+    return Gradients(dx, dresidual if dz is None else dz, *parameters)
+
+
+def local_sums(
+    dy: Tensor,
+    dy_fork: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    residual_dtype: torch.dtype | None,
+    mask: Tensor | None,
+    stats: Tensor,
+    norm: Norm,
+    residual_norm: Norm | None,
+    wanted: Gradients,
+) -> tuple[Tensor, Gradients]:
+    """As ``kernels.gpu.local_sums``."""
+    x = dense(x)
+    residual_alone = wanted.residual and residual_norm is None
+    dz = torch.empty_like(x, dtype=residual_dtype) if residual_alone else None
+    parameters = parameter_gradients(norm, residual_norm, wanted)
+    rows = 2 if residual_norm is None else 3
+    sums = x.new_empty((rows, x.shape[1]), dtype=accumulator(x, residual, dy))
+    _call_backward(_SUMS, dy, dy_fork, x, residual, dz, None, None, mask, stats, sums, norm, residual_norm, parameters)
+    return sums, Gradients(None, dz, *parameters)
+
+
+def input_gradients(
+    dy: Tensor,
+    dy_fork: Tensor | None,
+    dz: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    stats: Tensor,
+    means: Tensor,
+    norm: Norm,
+    residual_norm: Norm | None,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """As ``kernels.gpu.input_gradients``."""
+    x = dense(x)
+    dx = torch.empty_like(x) if wanted[0] else None
+    dresidual = torch.empty_like(x, dtype=residual.dtype) if wanted[1] and residual is not None else None
+    # dz is dy already masked (and added up), unless it was rounded to a narrower dtype.
+    dz = in_layout_of(dz, x) if dz is not None and dz.dtype is dy.dtype else None
+    nothing: list[Tensor | None] = [None] * 4
+    _call_backward(
+        _INPUTS, dy, dy_fork, x, residual, dz, dx, dresidual, mask, stats, means, norm, residual_norm, nothing
+    )
+    return dx, dresidual
+
+
+def _prepare(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None, Geometry, torch.dtype]:
+    """The activations in one layout, their geometry, the dtype of the arithmetic on them."""
+    x = dense(x)
+    residual = None if residual is None else in_layout_of(residual, x)
+    return x, residual, plane_geometry(x), accumulator(x, residual)
+
+
+def _call_forward(
+    g: Geometry,
+    statistics: int,
+    x: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    mask: Tensor | None,
+    stats: Tensor | None,
+    norm: Norm,
+    residual_norm: Norm | None,
+) -> None:
+    norms = 1 if residual_norm is None else 2
+    record = _FORWARD.pack(
+        *_shape(g), *_machine(), norms, statistics, *_tensor(x), *_tensor(residual), *_tensor(y), _address(mask),
+        _address(stats), *_norm(norm), *_norm(residual_norm),
+    )  # fmt: skip
+    _run(_library().resfused_forward, record)
+
+
+def _call_backward(
+    phases: int,
+    dy: Tensor,
+    dy_fork: Tensor | None,
+    x: Tensor,
+    residual: Tensor | None,
+    dz: Tensor | None,
+    dx: Tensor | None,
+    dresidual: Tensor | None,
+    mask: Tensor | None,
+    stats: Tensor | None,
+    sums: Tensor | None,
+    norm: Norm,
+    residual_norm: Norm | None,
+    parameters: list[Tensor | None],
+) -> None:
+    """``x`` is dense, and so are the gradients to fill."""
+    dy = in_layout_of(dy, x)
+    dy_fork = None if dy_fork is None else in_layout_of(dy_fork, x)
+    residual = None if residual is None or residual_norm is None else in_layout_of(residual, x)
+    g = plane_geometry(x)
+    check_mask(mask, g.mask_numel)
+    acc = accumulator(x, residual, dy, dy_fork, dz)
+    stats = None if stats is None else stats.to(acc).contiguous()
+    sums = None if sums is None else sums.to(acc).contiguous()
+    norms = 1 if residual_norm is None else 2
+    record = _BACKWARD.pack(
+        *_shape(g), *_machine(), norms, phases,
+        *_tensor(dy), *_tensor(dy_fork), *_tensor(x), *_tensor(residual), *_tensor(dz), *_tensor(dx),
+        *_tensor(dresidual), _address(mask), _address(stats), _address(sums), *_norm(norm), *_norm(residual_norm),
+        *(field for p in parameters for field in _tensor(p)),
+    )  # fmt: skip
+    _run(_library().resfused_backward, record)
+
+
+def _shape(g: Geometry) -> tuple[int, int, int, int]:
+    if g.channels_last:
+        return 1, 1, g.positions, g.columns
+    return 0, g.groups, g.positions, g.columns
+
+
+def _tensor(t: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if t is None else (t.data_ptr(), _DTYPES[t.dtype])
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _norm(n: Norm | None) -> tuple[float, ...]:
+    if n is None:
+        return (0,) * 10
+    vectors = (*_tensor(n.weight), *_tensor(n.bias), *_tensor(n.running_mean), *_tensor(n.running_var))
+    return *vectors, n.momentum, n.eps or 0.0
+
+
+def _machine() -> tuple[int, int, int]:
+    return torch.get_num_threads(), *_caches()
+
+
+@lru_cache(maxsize=1)
+def _caches() -> tuple[int, int]:
+    """Bytes of the cache of one core, and of the last one; what is common where the system does not say."""
+    found = {2: 2**20, 3: 2**25}
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            level, size = int((index / "level").read_text()), (index / "size").read_text().strip()
+            found[level] = int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]]
+        except (OSError, ValueError, KeyError):
+            continue
+    return found[2], found[3]
+
+
+@lru_cache(maxsize=1)
+def _library() -> Any:
+    import ctypes
+
+    library = build.load()
+    backward_size = ctypes.c_int64()
+    library.resfused_record_sizes.restype = ctypes.c_int64
+    forward_size = library.resfused_record_sizes(ctypes.byref(backward_size))
+    if (forward_size, backward_size.value) != (_FORWARD.size, _BACKWARD.size):
+        raise RuntimeError("the records of calls.py and call.h differ")
+    for function in (library.resfused_forward, library.resfused_backward):
+        function.argtypes = [ctypes.c_char_p]
+    return library
+
+
+def _run(function: Any, record: bytes) -> None:
+    if function(record) != 0:
+        raise MemoryError("no memory for the partial results of a node")

@@ -1,0 +1,147 @@
+// Forward of relu(norm(x) + s), for the storage KIND: statistics, their merge, normalise + add + ReLU.
+
+#include <algorithm>
+
+#include "entry.h"
+#include "partition.h"
+#include "statistics.h"
+#include "storage.h"
+#include "vectors.h"
+
+namespace resfused {
+namespace {
+
+template <class Kind, class Partition, int NORMS>
+class Forward {
+  using A = typename Kind::A;
+  using Elements = typename Kind::Elements;
+  // Mean, M2 and the pivot of each norm.
+  static constexpr int64_t kPartialRows = 3 * NORMS;
+
+ public:
+  Forward(const ForwardCall& call, const Partition& p)
+      : call_(call),
+        p_(p),
+        norm_(NORMS * kRowsOfNorm, call.shape.channels),
+        partials_(takes_statistics() ? kPartialRows * p.parts() : 0, call.shape.channels),
+        past_(bytes() > call.machine.shared_cache) {}
+
+  __attribute__((noinline)) void prepare(int64_t block) {
+    if (!takes_statistics()) each_norm(block, [&](int i, int64_t c) { given(i, c); });
+  }
+
+  __attribute__((noinline)) void first(int64_t part, int64_t block) {
+    if (!takes_statistics()) return;
+    for (int i = 0; i < NORMS; i++) {
+      const int64_t row = part * kPartialRows + 3 * i;
+      moments(p_, part, block, Elements(i == 0 ? call_.x : call_.residual), partials_[row], partials_[row + 1],
+              partials_[row + 2]);
+    }
+  }
+
+  __attribute__((noinline)) void merge(int64_t block) {
+    if (!takes_statistics()) return;
+    double mean[kChannels], m2[kChannels];
+    for (int i = 0; i < NORMS; i++) {
+      merge_moments(p_, block, partials_, 3 * i, kPartialRows, mean, m2);
+      for (int64_t c = 0; c < p_.channels_in(block); c++) found(i, block * p_.channels_each() + c, mean[c], m2[c]);
+    }
+  }
+
+  __attribute__((noinline)) void second(int64_t part, int64_t block) {
+    if (call_.statistics == kMoments) return;
+    const Elements x(call_.x), residual(call_.residual), y(call_.y);
+    p_.spans(part, block, [&](Span s) {
+      normalise(x + s.at, residual + s.at, y + s.at, call_.mask == nullptr ? nullptr : call_.mask + s.bits, s.n,
+                NormPacks<A, Partition>(norm_, s.c));
+    });
+    if (past_) fence();
+  }
+
+ private:
+  bool takes_statistics() const { return call_.statistics == kFromBatch || call_.statistics == kMoments; }
+  A* stats(int64_t row) const { return reinterpret_cast<A*>(call_.stats) + row * call_.shape.channels; }
+  const Norm& norm(int i) const { return i == 0 ? call_.norm : call_.residual_norm; }
+  // All that the second phase moves.
+  int64_t bytes() const {
+    int64_t each = Elements(call_.x).element_size() + Elements(call_.y).element_size();
+    if (call_.residual) each += Elements(call_.residual).element_size();
+    return call_.shape.numel() * each;
+  }
+
+  template <class Visit>
+  void each_norm(int64_t block, Visit visit) const {
+    for (int64_t c = 0; c < p_.channels_in(block); c++) {
+      for (int i = 0; i < NORMS; i++) visit(i, block * p_.channels_each() + c);
+    }
+  }
+
+  // The rows of norm i from statistics of others: a collective's, or the running ones.
+  void given(int i, int64_t c) {
+    const Norm& n = norm(i);
+    if (call_.statistics == kGiven) {
+      fill(norm_, i, c, stats(2 * i)[c], stats(2 * i + 1)[c], n);
+    } else {
+      fill(norm_, i, c, read<A>(n.running_mean, c), rstd_of<A>(read<A>(n.running_var, c), n.eps), n);
+    }
+  }
+
+  // The rows of norm i from statistics of this batch, which go into the running ones.
+  void found(int i, int64_t c, double mean, double m2) {
+    const Norm& n = norm(i);
+    const double values = static_cast<double>(call_.shape.values());
+    stats(2 * i)[c] = static_cast<A>(mean);
+    if (call_.statistics == kMoments) {
+      stats(2 * i + 1)[c] = static_cast<A>(m2);
+      return;
+    }
+    stats(2 * i + 1)[c] = rstd_of<A>(m2 / values, n.eps);
+    fill(norm_, i, c, stats(2 * i)[c], stats(2 * i + 1)[c], n);
+    update(n.running_mean, c, mean, n.momentum);
+    update(n.running_var, c, m2 / (values - 1), n.momentum);
+  }
+
+  static void update(const Tensor& running, int64_t c, double value, double momentum) {
+    if (running) write<A>(running, c, (1 - momentum) * read<A>(running, c) + momentum * value);
+  }
+
+  template <class Norms>
+  void normalise(Elements x, Elements residual, Elements y, uint8_t* mask, int64_t n, const Norms& norms) const {
+    const bool past = past_ && y.aligned();
+    walk<A>(n, [&](int64_t i, auto some) INLINED {
+      Pack<A> z = norms.affine(0, x.load(i, some) - norms.get(0, kMean, i), i);
+      if constexpr (NORMS == 1) {
+        if (residual) z = z + residual.load(i, some);
+      } else {
+        z = z + norms.affine(1, residual.load(i, some) - norms.get(1, kMean, i), i);
+      }
+      const auto on = passes(z);
+      y.store(i, some, keep(on, z), past);
+      if (mask != nullptr) store_bits<A>(mask, i, some, bits<A>(on));
+    });
+  }
+
+  const ForwardCall& call_;
+  const Partition& p_;
+  Rows<A> norm_, partials_;
+  const bool past_;
+};
+
+template <class Kind, class Partition>
+void run_form(const ForwardCall& call) {
+  const Partition p(call.shape, call.machine, typename Kind::Elements(call.x).element_size());
+  const auto with = [&](auto norms) {
+    Forward<Kind, Partition, decltype(norms)::value> node(call, p);
+    run(node, p, call.shape.numel() < kGrain ? 1 : call.machine.threads);
+  };
+  call.norms == 1 ? with(std::integral_constant<int, 1>{}) : with(std::integral_constant<int, 2>{});
+}
+
+}  // namespace
+
+template <>
+void forward<KIND>(const ForwardCall& call) {
+  call.shape.channels_last ? run_form<KIND, ChannelsLast>(call) : run_form<KIND, Contiguous>(call);
+}
+
+}  // namespace resfused

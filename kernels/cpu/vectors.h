@@ -1,0 +1,108 @@
+// Per-channel vectors: those of the caller, of any dtype, and the rows that the loops read.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+#include "call.h"
+#include "partition.h"
+#include "storage.h"
+
+namespace resfused {
+
+// Element c of a vector in the type of the arithmetic.
+template <class A>
+inline A read(const Tensor& t, int64_t c) {
+  A values[Pack<A>::lanes];
+  store(values, AnyTyped<A>(t).load(c, First{1}));
+  return values[0];
+}
+
+template <class A>
+inline void write(const Tensor& t, int64_t c, double value) {
+  AnyTyped<A>(t).store(c, First{1}, all(static_cast<A>(value)), false);
+}
+
+// Rows of one value a channel, each padded to whole packs and aligned.
+template <class A>
+class Rows {
+ public:
+  Rows(int64_t rows, int64_t channels)
+      : stride_(round_up(channels, 64)), memory_(new A[rows * stride_ + 64]), first_(memory_.get()) {
+    const auto address = reinterpret_cast<uintptr_t>(first_);
+    first_ += (64 - address % 64) % 64 / sizeof(A);
+  }
+  A* operator[](int64_t row) { return first_ + row * stride_; }
+  const A* operator[](int64_t row) const { return first_ + row * stride_; }
+  int64_t stride() const { return stride_; }
+
+ private:
+  int64_t stride_;
+  std::unique_ptr<A[]> memory_;
+  A* first_;
+};
+
+// The rows of one norm: z = scale * (x - mean) + shift, and in the backward dx = scale * dz + slope * (x - mean) +
+// offset. A second norm has as many after them.
+enum Row : int { kMean, kScale, kShift, kSlope, kOffset, kRowsOfNorm };
+
+// The rows of both norms as packs: of a span over channels at element i of it, of one within channel c always the same.
+// Read again for every pack: a broadcast costs no more than a load, and registers are for sums.
+template <class A, class Partition>
+class NormPacks {
+ public:
+  NormPacks(const Rows<A>& rows, int64_t c) : at_(rows[0] + c), stride_(rows.stride()) {}
+  INLINE Pack<A> get(int norm, Row row, int64_t i) const {
+    const A* at = at_ + (norm * kRowsOfNorm + row) * stride_;
+    if constexpr (std::is_same_v<Partition, ChannelsLast>) return load(at + i);
+    return all(*at);
+  }
+  // weight x̂ + bias.
+  INLINE Pack<A> affine(int norm, Pack<A> centred, int64_t i) const {
+    return fma(centred, get(norm, kScale, i), get(norm, kShift, i));
+  }
+
+ private:
+  const A* at_;
+  int64_t stride_;
+};
+
+// A norm's first rows at channel c, from its mean and 1 / std. The same operations in the forward and the backward:
+// the sign of z is the same in both.
+template <class A>
+inline void fill(Rows<A>& rows, int norm, int64_t c, A mean, A rstd, const Norm& n) {
+  const int row = norm * kRowsOfNorm;
+  rows[row + kMean][c] = mean;
+  rows[row + kScale][c] = n.weight ? rstd * read<A>(n.weight, c) : rstd;
+  rows[row + kShift][c] = n.bias ? read<A>(n.bias, c) : A(0);
+}
+
+template <class A>
+inline A rstd_of(double variance, double eps) {
+  return static_cast<A>(1 / std::sqrt(variance + eps));
+}
+
+template <class A>
+INLINE uint32_t load_bits(const uint8_t* mask, int64_t i, Whole) {
+  if constexpr (Pack<A>::lanes == 8) return mask[i / 8];
+  return mask[i / 8] | static_cast<uint32_t>(mask[i / 8 + 1]) << 8;
+}
+template <class A>
+INLINE uint32_t load_bits(const uint8_t* mask, int64_t i, First f) {
+  return f.n > 8 ? load_bits<A>(mask, i, Whole{}) : mask[i / 8];
+}
+template <class A>
+INLINE void store_bits(uint8_t* mask, int64_t i, Whole, uint32_t bits) {
+  mask[i / 8] = static_cast<uint8_t>(bits);
+  if constexpr (Pack<A>::lanes > 8) mask[i / 8 + 1] = static_cast<uint8_t>(bits >> 8);
+}
+template <class A>
+INLINE void store_bits(uint8_t* mask, int64_t i, First f, uint32_t bits) {
+  bits &= (1u << f.n) - 1;
+  mask[i / 8] = static_cast<uint8_t>(bits);
+  if (f.n > 8) mask[i / 8 + 1] = static_cast<uint8_t>(bits >> 8);
+}
+
+}  // namespace resfused

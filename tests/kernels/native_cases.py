@@ -1,0 +1,43 @@
+"""A covering set of problems on the kernels in C++, for a process with a library of its own; prints "whole" at its end.
+
+``python native_cases.py FLAG...``: further flags of the compiler.
+"""
+
+import sys
+
+import torch
+from oracle import FORMS, LAYOUTS, assert_close, problem, run
+from resfused.kernels.cpu import build
+from test_native import forked_gradients, with_clear_signs
+
+import resfused
+from resfused import functional, reference
+
+SHAPES = [(2, 1), (33, 3), (5, 130), (3, 37, 5, 5), (2, 16, 3, 8), (5, 3, 7, 7), (2, 3, 50, 90), (300, 20)]
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+build.FLAGS = (*build.FLAGS, *sys.argv[1:])
+torch.manual_seed(0)
+torch.set_num_threads(2)
+resfused.set_backend("native")
+case = 0
+for shape in SHAPES:
+    for layout in LAYOUTS:
+        for form in FORMS:
+            for dtype, tolerance in TOLERANCE.items():
+                case += 1
+                # Pairwise: every other dtype, training twice as often as not.
+                if (case + case // 4) % 2:
+                    continue
+                training = case % 3 > 0
+                p = problem(form, shape, dtype, torch.device("cpu"), training=training, layout=layout)
+                if dtype.itemsize == 2 and form == FORMS[1] and case % 4 < 2:
+                    # A mixture of dtypes.
+                    p = p.with_(residual=p.tensors["residual"].float())
+                p = with_clear_signs(p, 1e-2 if dtype.itemsize == 2 else 1e-4)
+                assert resfused.backend_for(p.tensors["input"]) == "native"
+                y = torch.promote_types(dtype, p.tensors.get("residual", p.dy).dtype)
+                p.__dict__["dy"] = p.dy.to(y)
+                assert_close(run(functional, p), run(reference, p, torch.float64), tolerance)
+                forked_gradients(p)
+print("whole")

@@ -1,0 +1,196 @@
+"""The build of the C++ kernels: when it happens, once among many processes, and what happens where it cannot."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from resfused.kernels.cpu import build
+
+import resfused
+
+TESTS = Path(__file__).parent
+BACKEND = "import torch, resfused; print(resfused.backend_for(torch.ones(2, 3)))"
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernels in C++ are for Linux")
+
+
+@pytest.fixture(scope="module")
+def library():
+    """The library of this machine, as the other tests have it."""
+    return build.built()
+
+
+def environment(**changes):
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RESFUSED_BACKEND", "CXX")}
+    kept["PYTHONPATH"] = os.pathsep.join(map(str, (Path(resfused.__file__).parent.parent, TESTS, TESTS.parent)))
+    return kept | {name: str(value) for name, value in changes.items()}
+
+
+def python(*arguments, **changes):
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment(**changes), cwd="/", capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def compiler(tmp_path, library):
+    """A command that behaves as a compiler, says what it was asked in a log, and links what was compiled before."""
+
+    def make(before=""):
+        path = tmp_path / "compiler"
+        path.write_text(f"""#!/bin/sh
+[ "$1" = --version ] && echo stand-in && exit
+echo "$@" >> {tmp_path}/log
+{before}
+for last; do :; done
+case "$*" in *-shared*) cp {library} "$last";; *) : > "$last";; esac
+""")
+        path.chmod(0o755)
+        return path
+
+    return make
+
+
+def compiled(tmp_path):
+    log = tmp_path / "log"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+def test_only_the_first_call_builds(tmp_path, compiler):
+    settings = {"CXX": compiler(), "RESFUSED_CACHE": tmp_path / "cache"}
+    fused = (
+        "import resfused; from torch import nn;"
+        "print(resfused.fuse_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())))"
+    )
+    imported = python("-c", fused, **settings)
+    assert imported.returncode == 0, imported.stderr
+    assert not imported.stderr
+    assert not compiled(tmp_path)
+    first = python("-c", BACKEND, **settings)
+    assert (first.stdout.strip(), first.stderr.count("\n")) == ("native", 1)
+    assert f"compiling the kernels for this CPU into {tmp_path / 'cache'}, once" in first.stderr
+    assert len(compiled(tmp_path)) == len(build.UNITS) + 1
+    second = python("-c", BACKEND, **settings)
+    assert (second.stdout.strip(), second.stderr) == ("native", "")
+    assert len(compiled(tmp_path)) == len(build.UNITS) + 1
+
+
+def test_four_processes_build_once(tmp_path, compiler):
+    settings = environment(CXX=compiler("sleep 0.05"), RESFUSED_CACHE=tmp_path / "cache")
+    work = [
+        subprocess.Popen([sys.executable, "-c", BACKEND], env=settings, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    assert [p.communicate(timeout=120)[0].strip() for p in work] == ["native"] * 4
+    assert len(compiled(tmp_path)) == len(build.UNITS) + 1
+    assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".lock", ".so"]
+
+
+def test_a_killed_build_leaves_no_lock(tmp_path, compiler):
+    settings = {"RESFUSED_CACHE": tmp_path / "cache", "CXX": compiler("sleep 60")}
+    killed = subprocess.Popen([sys.executable, "-c", BACKEND], env=environment(**settings), start_new_session=True)
+    end = time.monotonic() + 60
+    while not compiled(tmp_path) and time.monotonic() < end:
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    compiler()
+    assert python("-c", BACKEND, **settings).stdout.strip() == "native"
+
+
+def test_a_compiler_that_fails_half_way(tmp_path, compiler):
+    cache = tmp_path / "cache"
+    broken = compiler('case "$*" in *forward.cpp*) echo "no such luck"; exit 3;; esac')
+    automatic = python("-c", BACKEND, CXX=broken, RESFUSED_CACHE=cache)
+    assert automatic.stdout.strip() == "torch"
+    assert automatic.stderr.count("plain PyTorch operators run on the CPU") == 1
+    assert "no such luck" in automatic.stderr
+    assert not [p for p in cache.iterdir() if p.suffix != ".lock"]
+    assert python("-c", BACKEND, CXX=compiler(), RESFUSED_CACHE=cache).stdout.strip() == "native"
+
+
+UNABLE = """
+import torch
+{before}
+import resfused
+block = resfused.ResidualBlock(4)
+for _ in range(2):
+    block(torch.randn(2, 4, 5, 5)).sum().backward()
+print(resfused.backend_for(torch.ones(2, 3)), block.conv1.weight.grad.shape)
+resfused.set_backend("native")
+resfused.backend_for(torch.ones(2, 3))
+"""
+
+
+@pytest.mark.parametrize(
+    ("reason", "changes", "before"),
+    [
+        ("no C++ compiler was found", {"PATH": "/nowhere"}, ""),
+        ("no C++ compiler was found: lost-compiler", {"CXX": "lost-compiler -O1"}, ""),
+        ("they cannot be built into /dev/null/cache", {"RESFUSED_CACHE": "/dev/null/cache"}, ""),
+        ("for Linux on x86_64 or aarch64, and this is darwin", {}, "import sys; sys.platform = 'darwin'"),
+        ("and this is linux on riscv64", {}, "import platform; platform.machine = lambda: 'riscv64'"),
+    ],
+    ids=["no compiler", "no such compiler", "no cache", "another system", "another processor"],
+)
+def test_where_nothing_can_be_built(reason, changes, before):
+    """One warning that says why, and plain operators; the same reason where the kernels are forced."""
+    done = python("-c", UNABLE.format(before=before), **changes)
+    assert done.stdout.strip() == "torch torch.Size([4, 4, 3, 3])"
+    assert done.stderr.count("plain PyTorch operators run on the CPU") == 1
+    assert done.stderr.count(reason) == 2
+    assert "RuntimeError: the backend 'native' was forced, but input needs kernels that cannot be had" in done.stderr
+
+
+def test_the_library_depends_on_what_it_was_made_of(tmp_path, compiler, monkeypatch):
+    own = [str(compiler())]
+    key = build._key(own, build.FLAGS)
+    assert key == build._key(own, build.FLAGS)
+    assert build._key([*own, "-O1"], build.FLAGS) != key
+    assert build._key(own, (*build.FLAGS, "-g")) != key
+    monkeypatch.setattr(build, "instruction_set", lambda: "another")
+    assert build._key(own, build.FLAGS) != key
+    monkeypatch.undo()
+    for source in build.SOURCES.glob("*.[ch]*"):
+        (tmp_path / source.name).write_text(source.read_text())
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    assert build._key(own, build.FLAGS) == key
+    (tmp_path / "pack.h").write_text("")
+    assert build._key(own, build.FLAGS) != key
+
+
+def test_building_ahead(tmp_path, compiler):
+    ahead = python("-m", "resfused.build", CXX=compiler(), RESFUSED_CACHE=tmp_path / "cache")
+    assert ahead.returncode == 0
+    assert Path(ahead.stdout.strip()).parent == tmp_path / "cache"
+    assert Path(ahead.stdout.strip()).exists()
+    failed = python("-m", "resfused.build", CXX="lost-compiler")
+    assert failed.returncode == 1
+    assert "no C++ compiler was found: lost-compiler" in failed.stderr
+
+
+def covers(capability, *flags, **changes):
+    """The covering set, on a library compiled for less than this processor and with ``flags``."""
+    done = python(str(TESTS / "native_cases.py"), "-O1", *flags, ATEN_CPU_CAPABILITY=capability, **changes)
+    assert done.stdout.strip().endswith("whole"), done.stderr[-4000:]
+
+
+def test_nothing_is_undefined():
+    """Under UndefinedBehaviorSanitizer, in AVX2 where the processor has it."""
+    covers("avx2", "-fsanitize=undefined", "-fno-sanitize-recover=all")
+
+
+def test_every_access_is_inside():
+    """Under AddressSanitizer, on the instruction set that every processor has."""
+    asked = [*build._compiler(), "-print-file-name=libasan.so"]
+    preloaded = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    if not Path(preloaded).is_absolute():
+        pytest.skip(f"{asked[0]} has no libasan.so")
+    covers("default", "-fsanitize=address", LD_PRELOAD=preloaded, ASAN_OPTIONS="detect_leaks=0")
+
+
+def test_every_unit_is_in_the_package():
+    assert {source for source, _ in build.UNITS.values()} == {p.name for p in build.SOURCES.glob("*.cpp")}
