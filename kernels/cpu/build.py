@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).parent / "source"
 UNITS = {
     f"{direction}_{kind}": (f"{direction}.cpp", f"-DKIND={kind}Kind")
     for direction in ("backward", "forward")
@@ -135,7 +135,7 @@ def _ninja() -> str:
 def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
     """A hash of all that the library depends on."""
     parts = [platform.machine(), instruction_set(), *compiler, _output([*compiler, "--version"]), *flags]
-    for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
+    for source in sorted(SOURCES.rglob("*.*")):
         parts += [source.name, source.read_text()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 

@@ -1,6 +1,7 @@
 """The build of the C++ kernels: when it happens, once among many processes, and what happens where it cannot."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,11 +155,10 @@ def test_the_library_depends_on_what_it_was_made_of(tmp_path, compiler, monkeypa
     monkeypatch.setattr(build, "instruction_set", lambda: "another")
     assert build._key(own, build.FLAGS) != key
     monkeypatch.undo()
-    for source in build.SOURCES.glob("*.[ch]*"):
-        (tmp_path / source.name).write_text(source.read_text())
-    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    copied = shutil.copytree(build.SOURCES, tmp_path / "source")
+    monkeypatch.setattr(build, "SOURCES", copied)
     assert build._key(own, build.FLAGS) == key
-    (tmp_path / "pack.h").write_text("")
+    (copied / "packs" / "pack.h").write_text("")
     assert build._key(own, build.FLAGS) != key
 
 

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "call.h"
-#include "pack.h"
+#include "packs/pack.h"
 
 namespace resfused {
 
