@@ -33,7 +33,6 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "count of lanes beyond the last tile": "« & (tile < walk.tiles)→»).to",
         "tile's first position forgotten": "(group * C + c0) * S« + s0→»",
         "channels_last tile's first channel forgotten": "(group * S + s0) * C« + c0→»",
-        "a partial result beyond the last": "entry <«→=» programs * PLANE",
         "blocks reversed one too far": ") - «1 - →»channel_block",
         "program and block exchanged":
             "return Walk(tl.program_id(0) «// programs, tl.program_id(0) %→% programs, tl.program_id(0) //» programs,"},
@@ -43,6 +42,7 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "weight without rstd": "scale = «r * →»tl.load(",
         "order reversed one too far": "return tiles - «1 - →»step"},
     ("tile.py", MEMORY): {
+        "a partial result beyond the last": "entry <«→=» programs * PLANE",
         "one position beyond the end": "<«→=» tl.minimum(left, BLOCK_S)",
         "one channel beyond the end": "c <«→=» tl.minimum(C - c0, BLOCK_C)",
         "one vector element beyond the end": "return c, c <«→=» C"},
@@ -118,7 +118,7 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("forward.py", ONE_LAUNCH): {"first eps for the second norm in one launch": "channel_block, «RESIDUAL_EPS→EPS»"},
     ("forward.py", f"{MEMORY} -k one"): {"forward's counters not cleared": "x.«new_zeros→new_empty»(launch.counters"},
     ("forward.py", RAGGED): {"forward's last slice one block too long": "if channel_block <«→=» channel_blocks"},
-    ("forward.py", DTYPES): {"result in the input's dtype": "«torch.promote_types(x.dtype, residual.dtype)→x.dtype»"},
+    ("call.py", DTYPES): {"result in the input's dtype": "«torch.promote_types(x.dtype, residual.dtype)→x.dtype»"},
     ("backward.py", ONE_LAUNCH): {"dy taken for dz in one launch": "walk, «False→True», order"},
     ("backward.py", DTYPES): {
         "dz rounded to the input's dtype": "        dz = torch.empty_like(call.x«, dtype=residual_dtype→»)\n    elif"},

@@ -1,7 +1,7 @@
 """The three forms against PyTorch in float64: values, gradients, running statistics."""
 
 from dataclasses import replace
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 from unittest import mock
 
 import pytest
@@ -41,10 +41,11 @@ def test_values(form, training, layout, shape, dtype, device):
 
 
 @covering(
-    form=FORMS, training=MODES, layout=LAYOUTS, shape=[(3, 37, 5, 5), (2, 16, 8, 8), (3, 3, 9, 31)], dtype=DTYPES,
-    launches=LAUNCHES, indirect=("launches",),
+    form=FORMS, training=MODES, activation=[*product([(3, 37, 5, 5), (2, 16, 8, 8), (3, 3, 9, 31)], LAYOUTS)],
+    dtype=DTYPES, launches=LAUNCHES, indirect=("launches",), together=("form", "training", "activation"),
 )  # fmt: skip
-def test_values_when_every_loop_turns(form, training, layout, shape, dtype, device, small_launches, launches):
+def test_values_when_every_loop_turns(form, training, activation, dtype, device, small_launches, launches):
+    shape, layout = activation
     check(problem(form, shape, dtype, device, training=training, layout=layout))
 
 
@@ -235,7 +236,7 @@ def test_norms_apart_in_one_storage_are_updated_in_one_launch(device):
     assert launched.call_args.args[2].running_mean.data_ptr() == memory.data_ptr()
 
 
-@pytest.mark.parametrize(("form", "scale"), zip(FORMS, (1e35, 1e20, 1e20), strict=True))
+@pytest.mark.parametrize(("form", "scale"), [*zip(FORMS, (1e35, 1e20, 1e20), strict=True)])
 def test_a_variance_that_overflows_is_infinite(form, scale, device, launches):
     """In float32, from a standard deviation of 1.8e19 / sqrt(M) on; the output is the bias, as in eager."""
     p = problem(form, (4, 6, 5, 4), torch.float32, device)
