@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+from covering import LAUNCHES
 from workloads.interpreter import keep_patches
 
 keep_patches()
@@ -46,9 +47,6 @@ def small_launches():
     )
     with small, mock.patch.multiple(geometry, COLUMNS_LEAST_IMAGES=4, COLUMNS_ROW=16):
         yield
-
-
-LAUNCHES = ("separate launches", "one launch")
 
 
 @pytest.fixture(params=LAUNCHES)

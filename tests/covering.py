@@ -5,6 +5,9 @@ from itertools import combinations, product
 
 import pytest
 
+# Of the fixture of this name: both ways to launch a training node.
+LAUNCHES = ("separate launches", "one launch")
+
 
 def covering(
     valid: Callable[..., bool] | None = None,

@@ -17,8 +17,8 @@ OPCHECK = "test_compile.py::test_opcheck_of_two_dtypes"
 ONE_PROCESS = "test_synchronised.py::test_a_group_of_one"
 MERGE = "test_synchronised.py::test_merge_of_processes"
 PROCESSES = "'test_synchronised.py::test_processes[torch-2]'"
-REASONS = "test_fuse.py::test_left_alone_with_the_reason"
-REPLACED = "test_fuse_hooks.py::test_replaced_after_fuse"
+REASONS = "test_fuse_left.py::test_left_alone_with_the_reason"
+REPLACED = "test_fuse_replaced.py::test_replaced_after_fuse"
 TWO = "-k 'not norm+relu and not add+relu'"
 TWO_TRAINING = "-k 'training and not norm+relu and not add+relu'"
 TWO_FROZEN = "-k 'frozen and not norm+relu and not add+relu'"
@@ -61,7 +61,7 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "0·Inf in the merge of lanes": "deviation * «(deviation * share)→deviation * share»"},
     ("statistics.py", f"{LOOPS} {TWO_TRAINING}"): {
         "second tile read at the first": "tl.load(x + «next_start→start» + local",
-        "a tile beyond the last": "next_inside &= following <«→=» walk.tiles",
+        "a tile beyond the last": "tl.where(following <«→=» walk.tiles, next_inside",
         "merge weighs with the whole count": "share * «(count - added)→count»[:, None]",
         "merge without its later programs": "range(0, «programs * merging.PLANE→merging.BLOCK_P»,",
         "merge adds means whole": "        mean += delta« * share→»\n",
@@ -240,7 +240,7 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("blocks.py", "test_sequential.py::test_other_modules_and_copies"): {
         "subclass's own forward not run": "« or type(module).forward is not ForkedBlock.forward→»"},
     ("blocks.py", "test_sequential.py::test_output_used_elsewhere"): {"wrong half handed on": "pair = y, «y→pair[1]»"},
-    ("calls.py", f"{FUSE}::test_two_functional_norms_that_differ"): {
+    ("calls.py", "test_fuse_left.py::test_two_functional_norms_that_differ"): {
         "two modes in one call": "« or other[5] != training→»",
         "broadcast addends in one call": "«other[0].shape != input.shape or →»"},
     ("calls.py", f"{FUSE}::test_addition_in_place_keeps_its_dtype"): {
@@ -257,8 +257,9 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("tracing.py", f"{FUSE}::test_code_that_differs_in_training"): {"mode not traced": "«value = self.training→pass»"},
     ("tracing.py", f"{FUSE}::test_addition_in_place_keeps_its_dtype"): {
         "addition in place taken for another": 'getattr(operator, «f"i{_name}"→_name, operator.add»)'},
-    ("tracing.py", f"{FUSE}::test_a_list_changed_in_place"): {"list read by reference": "«copy.deepcopy(value)→value»"},
-    ("tracing.py", f"{FUSE}::test_reads_of_objects_are_refused"): {
+    ("tracing.py", "test_fuse_reads.py::test_a_list_changed_in_place"): {
+        "list read by reference": "«copy.deepcopy(value)→value»"},
+    ("tracing.py", "test_fuse_left.py::test_reads_of_objects_are_refused"): {
         "objects taken for constants": "if «not _is_constant(value)→False»"},
     ("tracing.py", f"{REASONS} -k assignment"): {
         "assignments let through":
@@ -267,14 +268,14 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "children of containers not noted": "yield «Container(path, tuple(module._modules)→from (»)"},
     ("tracing.py", f"{HOOKS}::test_a_call_of_its_own"): {
         "a class's own call traced too": "if «kind.__call__ is not nn.Module.__call__→False»"},
-    ("fused_forward.py", f"{FUSE}::test_true_is_not_one"): {
+    ("fused_forward.py", "test_fuse_reads.py::test_true_is_not_one"): {
         "True taken for 1": "«type(found) is not type(value) or →»",
         "[True] taken for [1]": "«isinstance(value, _CONTAINERS)→False» and repr(found)"},
     ("fused_forward.py", REPLACED): {
         "children not compared": "«tuple(container._modules) != names→False»",
         "classes not compared": "if «not all(is_still(module, kind) for kind in self.kinds)→False»",
         "norms not compared": "return «→True or »all(norm is not None and is_norm"},
-    ("fused_forward.py", f"{HOOKS}::test_replaced_by_what_keeps_its_input"): {
+    ("fused_forward.py", "test_fuse_replaced.py::test_replaced_by_what_keeps_its_input"): {
         "hooks on readers not looked for": "if «→False and »not all(is_still(self.module, reader) for"},
     ("fused_forward.py", f"{HOOKS}::test_a_forward_hook_sees_what_it_sees_in_eager -k block"): {
         "hooks on a block handed a pair not looked for": "not plan.paired« or is_watched(self.module)→»"},
@@ -297,32 +298,32 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "norm called twice": "«or not is_called_once(self.graph, str(call.target))→»"},
     ("matching.py", f"{FUSE}::test_filter"): {
         "norm that filter_fn refuses": "«isinstance(norm, _BatchNorm) and not self.allowed(norm)→False»"},
-    ("matching.py", f"{FUSE}::test_an_identity_used_twice"): {
+    ("matching.py", "test_fuse_left.py::test_an_identity_used_twice"): {
         "identity used twice": "is_identity(self.module(node))« and len(node.users) == 1→»"},
-    ("matching.py", f"{FUSE}::test_a_change_in_place_between_norm_addition_and_relu"): {
+    ("matching.py", "test_fuse_left.py::test_a_change_in_place_between_norm_addition_and_relu"): {
         "in place by argument": '« or bool(node.kwargs.get("inplace"))→»',
         "changed between addition and ReLU": "if «self._mutations(addition, relu, {*passed})→False»",
         "changed between norm and ReLU": "if «self._mutations(operand.norm, relu, pattern) and not alone→False»"},
     ("matching.py", f"{REASONS} -k place"): {
         "addition in place to what others hold": "if not any(operands)« or self._changes_others(addition, operands)→»"},
-    ("matching.py", f"{FUSE}::test_two_functional_norms_that_differ"): {
+    ("matching.py", "test_fuse_left.py::test_two_functional_norms_that_differ"): {
         "functional and module norm in one call": "«self._is_functional(main) != self._is_functional(other)→False»"},
     ("matching.py", f"{FUSE}::test_addition_in_place_keeps_its_dtype"): {
         "dtype of a sum in place": 'return «"residual" if addition.args[0] is residual else "input"→None»'},
     ("matching.py", f"{REASONS} -k scaled"): {"scaled addition": "len(node.args) != 2« or node.kwargs→»"},
-    ("matching.py", f"{HOOKS}::test_replaced_by_what_lets_the_input_change"): {
+    ("matching.py", "test_fuse_replaced.py::test_replaced_by_what_lets_the_input_change"): {
         "known modules not noted": "«        self.relied_on.add(str(node.target))\n→»"},
     ("planning.py", f"{FUSE}::test_code_that_differs_in_training"): {
         "code of one mode for both": 'if «→True or »not any(name == "training" for'},
-    ("planning.py", f"{FUSE}::test_a_value_used_elsewhere_is_no_pair"): {
+    ("planning.py", "test_fuse_reads.py::test_a_value_used_elsewhere_is_no_pair"): {
         "value used elsewhere handed on": "maker is not None and« len(call.args[1].users) == 1 and→»"},
     ("planning.py", f"{HOOKS}::test_inlined_modules"): {
         "reads of inlined code not noted": "«draft.reads[moved[:2]] = moved→pass»",
         "class of inlined code not noted": "draft.«kinds[path] = Kind(path, type(module))\n        draft.→»inlined",
         "watched module inlined": "«is_watched(module) or →»_is_leaf(module)"},
-    ("planning.py", f"{FUSE}::test_own_forward_of_an_instance_is_left"): {
+    ("planning.py", "test_fuse_left.py::test_own_forward_of_an_instance_is_left"): {
         "own forward replaced": 'if «"forward" in module.__dict__→False» and not'},
-    ("pairs.py", f"{FUSE}::test_a_pair_is_not_changed_in_place"): {
+    ("pairs.py", "test_fuse_reads.py::test_a_pair_is_not_changed_in_place"): {
         "pair changed in place": "return []« if user.args[0] is not node else None→»"},
     ("pairs.py", f"{HOOKS}::test_the_fused_chain_is_what_these_tests_take_it_for"): {
         "second half handed to nobody": "        «last.replace_input_with(x, shortcut)→pass»"},

@@ -61,7 +61,8 @@ def take_statistics(x, residual, partials, walk, tiling: tl.constexpr):
         following = tile + walk.programs
         start, local, inside = locate(tile, walk, tiling)
         next_start, _, next_inside = locate(following, walk, tiling)
-        next_inside &= following < walk.tiles
+        # A select, as Triton 3.9's interpreter loses the type of a scalar's comparison in an and.
+        next_inside = tl.where(following < walk.tiles, next_inside, False)
         value = tl.load(x + start + local, mask=inside, other=0)
         next_value = tl.load(x + next_start + local, mask=next_inside, other=0)
         if residual is not None:

@@ -1,49 +1,18 @@
 """Fused models under those who look inside or change them: hooks, replaced modules, a second fuse_, unfuse_."""
 
-import copy
 import pickle
 from itertools import product
-from unittest import mock
 
 import pytest
 import torch
+from chain import PLACES, Scales, nodes, pairs
 from oracle import assert_close, relative_error
-from resfused.kernels import gpu as kernels
-from small_networks import BasicBlock, ResNet, activations, chain, fused_and_eager, images, is_fused, step
+from small_networks import BasicBlock, activations, chain, fused_and_eager, step
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 
 import resfused
 from resfused import reference
-
-PLACES = {
-    "the model": "",
-    "stage": "layer1",
-    "block that gives a pair": "layer1.0",
-    "block that takes a pair": "layer2.0",
-    "norm": "layer1.0.bn1",
-    "norm before the addition": "layer1.0.bn2",
-    "norm of the projection": "layer2.0.downsample.1",
-    "ReLU": "layer1.0.relu",
-    "convolution": "layer1.0.conv2",
-    "convolution that reads a pair": "layer2.0.conv1",
-    "projection that reads a pair": "layer2.0.downsample.0",
-    "whole projection": "layer2.0.downsample",
-}
-
-
-def pairs(model, x):
-    """How many nodes of a training step were given two gradients to add."""
-    with mock.patch.object(kernels, "backward", wraps=kernels.backward) as counted:
-        step(model, x)
-    return sum(call.args[1] is not None for call in counted.call_args_list)
-
-
-def nodes(model, x):
-    """How many fused nodes a training step has."""
-    with mock.patch.object(kernels, "forward", wraps=kernels.forward) as counted:
-        step(copy.deepcopy(model), x)
-    return counted.call_count
 
 
 def test_the_fused_chain_is_what_these_tests_take_it_for(device):
@@ -185,15 +154,6 @@ def test_a_number_after_unpickling(device):
     assert relative_error(model(x), Scales.forward(model[0], x)) < 1e-12
 
 
-class Scales(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.bn, self.scale = nn.BatchNorm2d(4), 2
-
-    def forward(self, x):
-        return torch.relu(self.bn(x)) * self.scale
-
-
 class Activation(nn.Module):
     def __init__(self):
         super().__init__()
@@ -332,150 +292,3 @@ def test_retain_grad_and_removed_hooks(device):
         handle.remove()
     assert relative_error(kept[fused].grad, kept[eager].grad) < 1e-9
     assert pairs(fused, x) == 1
-
-
-REPLACEMENTS = {
-    "another activation": lambda m: setattr(m.layer1[0], "relu", nn.SiLU()),
-    "another norm": lambda m: setattr(m.layer1[0], "bn1", nn.GroupNorm(2, 4)),
-    "no norm": lambda m: setattr(m.layer2[0], "bn2", nn.Identity()),
-    "no shortcut": lambda m: setattr(m.layer2[0].downsample, "1", nn.Identity()),
-    "a block appended": lambda m: m.layer2.append(nn.Sigmoid()),
-    "a block in front": lambda m: m.layer1.insert(0, nn.Tanh()),
-    "a block taken away": lambda m: m.layer1.__delitem__(0),
-    "another block": lambda m: m.layer2.__setitem__(0, nn.Conv2d(4, 6, 1)),
-    "another convolution": lambda m: setattr(m.layer1[0], "conv2", nn.Conv2d(4, 4, 1, bias=False)),
-    "other numbers": lambda m: (setattr(m.layer1[0].bn1, "eps", 0.5), setattr(m.layer1[0].bn2, "momentum", None)),
-    "no running statistics": lambda m: setattr(m.layer1[0], "bn2", nn.BatchNorm2d(4, track_running_stats=False)),
-    "no parameters": lambda m: setattr(m.layer1[0], "bn2", nn.BatchNorm2d(4, affine=False)),
-    "another stage": lambda m: setattr(m, "layer2", nn.Flatten()),
-}
-
-
-@pytest.mark.parametrize("name", REPLACEMENTS)
-def test_replaced_after_fuse(name, device):
-    """The model computes what the unfused one with the same change computes."""
-    fused, eager = fused_and_eager(chain(), device)
-    for model in (fused, eager):
-        torch.manual_seed(1)
-        REPLACEMENTS[name](model)
-        model.to(device, torch.float64)
-    x = activations(device)
-    assert_close(step(fused, x), step(eager, x), 1e-9)
-
-
-class Keeps(nn.Module):
-    """Shows its input to others."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        self.kept = x
-        return self.module(x)
-
-
-@pytest.mark.parametrize("place", ["layer2.0", "layer2.0.conv1", "layer2.0.downsample.0", "layer2.0.downsample"])
-def test_replaced_by_what_keeps_its_input(place, device):
-    """It is given a tensor with the whole gradient, not one half of a pair."""
-    fused, eager = fused_and_eager(chain(), device)
-    x = activations(device)
-    gradients = []
-    for model in (fused, eager):
-        keeps = Keeps(model.get_submodule(place))
-        model.set_submodule(place, keeps)
-        gradients += torch.autograd.grad(model(x).square().sum(), keeps.kept)
-    assert relative_error(*gradients) < 1e-9
-
-
-class NormFirst(nn.Module):
-    """A norm of what another branch reads after it."""
-
-    def __init__(self):
-        super().__init__()
-        self.bn, self.conv = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, bias=False)
-
-    def forward(self, x):
-        out = self.bn(x)
-        return torch.relu(out + self.conv(x))
-
-
-class AddsToBranch(NormFirst):
-    def forward(self, x):
-        out = self.conv(x)
-        out += self.bn(x)
-        return torch.relu(out)
-
-
-@pytest.mark.parametrize(("kind", "replacement"), [(NormFirst, nn.ReLU(inplace=True)), (AddsToBranch, nn.Identity())])
-@pytest.mark.parametrize("how", ["module", "hook"])
-def test_replaced_by_what_lets_the_input_change(kind, replacement, how, device):
-    """Where the convolution was taken for one that leaves its input alone, and whose output is its own."""
-    fused, eager = fused_and_eager(kind().eval(), device)
-    given = [activations(device)]
-    given.append(given[0].clone())
-    with torch.no_grad():
-        assert relative_error(fused(given[0]), eager(given[1])) < 1e-12
-        for model in (fused, eager):
-            if how == "module":
-                model.conv = replacement
-            else:
-                model.conv.register_forward_hook(lambda m, inputs, y: replacement(inputs[0]))
-        assert relative_error(fused(given[0]), eager(given[1])) < 1e-12
-    assert torch.equal(*given)
-
-
-def test_another_head(device):
-    fused, eager = fused_and_eager(ResNet(), device)
-    for model in (fused, eager):
-        torch.manual_seed(1)
-        model.fc = nn.Linear(8, 3).to(device, torch.float64)
-    x = images(device)
-    with mock.patch.object(kernels, "forward", wraps=kernels.forward) as counted:
-        assert_close(step(fused, x), step(eager, x), 1e-9)
-    assert counted.call_count == 11
-
-
-def test_twice_is_once_and_unfuse_restores(device):
-    fused, eager = fused_and_eager(ResNet(), device)
-    first = {name: m.__dict__["forward"].plans for name, m in fused.named_modules() if "forward" in m.__dict__}
-    resfused.fuse_(fused)
-    second = {name: m.__dict__["forward"].plans for name, m in fused.named_modules() if "forward" in m.__dict__}
-    assert first == second
-    assert is_fused(fused)
-    resfused.unfuse_(fused)
-    for (name, module), (_, plain) in zip(fused.named_modules(), eager.named_modules(), strict=True):
-        assert module.__dict__.keys() == plain.__dict__.keys(), name
-        assert type(module) is type(plain)
-        assert module.forward.__func__ is type(plain).forward
-    x = images(device)
-    assert_close(step(fused, x), step(eager, x), 1e-12)
-
-
-def test_part_of_a_model(device):
-    """fuse_ of a stage, unfuse_ of one block, and norms that filter_fn refuses."""
-    fused, eager = fused_and_eager(chain(), device)
-    x = activations(device)
-    resfused.unfuse_(fused)
-    resfused.fuse_(fused.layer1)
-    assert nodes(fused, x) == 2
-    resfused.fuse_(fused)
-    resfused.unfuse_(fused.layer2[0])
-    assert nodes(fused, x) == 2
-    assert_close(step(fused, x), step(eager, x), 1e-9)
-    report = resfused.fuse_(fused, lambda module, name: name != "layer1.0.bn2")
-    assert [entry.norm for entry in report.left] == ["layer1.0.bn2"]
-    assert nodes(fused, x) == 3
-    assert_close(step(fused, x), step(eager, x), 1e-9)
-
-
-def test_a_subclass_that_calls_its_base(device):
-
-    class Scaled(BasicBlock):
-        def forward(self, x):
-            return super().forward(x) * 2
-
-    fused, eager = fused_and_eager(nn.Sequential(BasicBlock(4, 4), Scaled(4, 4)), device)
-    x = activations(device)
-    assert nodes(fused, x) == 4
-    assert_close(step(fused, x), step(eager, x), 1e-9)

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LAUNCHES
-from covering import covering
+from covering import LAUNCHES, covering
 from oracle import FORMS, LAYOUTS, assert_close, in_layout, pre_activation, problem, relative_error, run
 
 import resfused.functional as fused

@@ -6,8 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import LAUNCHES
-from covering import covering
+from covering import LAUNCHES, covering
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import FORMS, LAYOUTS, PARAMETERS, TOLERANCE, assert_close, in_layout, kernels_in_force, problem, run

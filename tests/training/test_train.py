@@ -2,114 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import random
-import signal
-import socket
-import subprocess
 import sys
-import time
 from importlib.util import find_spec
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from rich.console import Console
+from launching import ALONE, SCRIPT, SMALL, TWO, ended, newest, results, run, run_two, same, start
 from torch.nn.functional import cross_entropy
 from training import checkpoints
 from training.images import DIGITS, Augmented, load_images
-from training.processes import Processes
-from training.trainer import INTERRUPTED, Trainer
 from workloads.networks import cifar_resnet
 
 import resfused
-
-SCRIPT = str(Path(__file__).parents[2] / "benchmarks" / "train.py")
-ALONE = [sys.executable, SCRIPT]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-TWO, THREE = ([*TORCHRUN, f"--nproc-per-node={size}", SCRIPT] for size in (2, 3))
-SMALL = ["--depth", "8", "--batch-size", "64"]
-PATIENCE = 120
-
-
-def environment(**changes):
-    """On the CPU, on plain operators unless said otherwise."""
-    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return {**plain, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **changes}
-
-
-def start(command, *options, **changes):
-    return subprocess.Popen(
-        [*command, *map(str, options)], env=environment(**changes), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def start_many(size, *options):
-    """What torchrun starts, without torchrun."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [start(ALONE, *options, RANK=str(rank), **common) for rank in range(size)]
-
-
-def ended(*processes):
-    """What each wrote; none may fail or hang."""
-    try:
-        texts = [process.communicate(timeout=PATIENCE)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), "".join(texts)
-    return texts
-
-
-def run(*options, **changes):
-    return ended(start(ALONE, *options, **changes))[0]
-
-
-def run_two(*options):
-    return ended(*start_many(2, *options))[0]
-
-
-def run_three(*options):
-    return ended(*start_many(3, *options))[0]
-
-
-@pytest.fixture
-def refused(capsys, monkeypatch):
-    """What the command says to options that it refuses; in this process, whose signal handlers it leaves alone."""
-    import train
-
-    monkeypatch.setattr(train, "Interrupt", lambda: argparse.Namespace(received=False))
-
-    def refused(*options):
-        with pytest.raises(SystemExit) as error:
-            train.main([str(option) for option in options])
-        assert error.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
-
-    return refused
-
-
-def newest(folder):
-    return checkpoints.all_in(folder)[-1]
-
-
-def same(one, other):
-    """Bit for bit the same training state, and the same results on the way."""
-    one, other = checkpoints.load(newest(one)), checkpoints.load(newest(other))
-    assert one["model"].keys() == other["model"].keys()
-    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
-    momenta = [[s["momentum_buffer"] for s in state["optimizer"]["state"].values()] for state in (one, other)]
-    assert len(momenta[0]) > 0
-    assert all(map(torch.equal, *momenta))
-    assert all(one[key] == other[key] for key in ("epoch", "step", "history", "scheduler", "scaler"))
 
 
 @pytest.mark.parametrize(
@@ -132,133 +37,6 @@ def test_it_trains(command, processes, precision, tmp_path):
     assert (content["processes"], content["device"], content["interrupted"]) == (processes, "cpu", False)
     assert content["steps"] == 6 * (1437 // (64 * processes))
     assert content["images_per_second"] > 0
-
-
-def test_stopped_in_an_epoch_and_resumed(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = [*SMALL, "--no-fuse", "--epochs", 2]
-    run(*options, "--checkpoint", whole)
-    run(*options, "--checkpoint", parts, "--max-steps", 30, "--json", tmp_path / "stopped.json")
-    content = json.loads((tmp_path / "stopped.json").read_text())
-    assert (content["steps"], len(content["epochs"]), content["interrupted"]) == (30, 1, False)
-    assert content["images_per_second"] > 0
-    assert newest(parts) == checkpoints.path_of(parts, 30)
-    out = run(*options, "--checkpoint", parts, "--resume")
-    assert f"resuming {checkpoints.path_of(parts, 30)}" in out.splitlines()
-    assert "epoch 1/2" not in out
-    same(whole, parts)
-
-
-def interrupt(processes, to, number, folder):
-    """Sends a signal once there is a checkpoint; the exit codes, and the step that the run was left at."""
-    deadline = time.monotonic() + PATIENCE
-    try:
-        while not checkpoints.all_in(folder):
-            assert time.monotonic() < deadline, "no checkpoint"
-            assert all(p.poll() is None for p in processes), "ended by itself"
-            time.sleep(0.01)
-        to.send_signal(number)
-        codes = [p.wait(PATIENCE) for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return codes, int(newest(folder).stem.removeprefix("step-"))
-
-
-@pytest.mark.parametrize(
-    ("command", "number", "repeat"),
-    [(ALONE, signal.SIGINT, run), (THREE, signal.SIGTERM, run_three)],
-    ids=["alone, SIGINT", "torchrun, SIGTERM"],
-)
-def test_interrupted_and_resumed(command, number, repeat, tmp_path):
-    """A run far too long to end by itself, compared some steps after the signal found it, in a later epoch.
-
-    Two processes add up the same in any order, three do not.
-    """
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = ["--depth", 8, "--batch-size", 128, "--no-fuse", "--epochs", 10000]
-    process = start(command, *options, "--checkpoint", parts, "--checkpoint-every", 1)
-    (code,), step = interrupt([process], process, number, parts)
-    # torchrun, which passes the signal on, has an exit code of its own.
-    assert code == INTERRUPTED if command is ALONE else code != 0
-    assert f"interrupted after step {step}\n" in process.stdout.read()
-    repeat(*options, "--checkpoint", parts, "--resume", "--max-steps", step + 12)
-    repeat(*options, "--checkpoint", whole, "--max-steps", step + 12)
-    same(whole, parts)
-
-
-def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, refused):
-    options = [*SMALL, "--no-fuse", "--checkpoint", tmp_path]
-    processes = start_many(2, *options, "--checkpoint-every", 1, "--epochs", 10000)
-    codes, step = interrupt(processes, processes[1], signal.SIGTERM, tmp_path)
-    assert codes == [INTERRUPTED, INTERRUPTED]
-    assert len(checkpoints.load(checkpoints.path_of(tmp_path, step))["ranks"]) == 2
-    assert "the number of processes was 2, but got 1" in refused(*options, "--resume")
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """The folder of a run that was stopped after two steps."""
-    folder = tmp_path_factory.mktemp("stopped")
-    out = run(*SMALL, "--no-fuse", "--checkpoint", folder, "--resume", "--max-steps", 2)
-    assert f"no checkpoint in {folder}: starting anew" in out.splitlines()
-    return folder
-
-
-def test_resuming_another_run_is_an_error(stopped, refused):
-    changes = ["--lr", "0.2", "--seed", "3", "--max-steps", "4"]
-    assert refused(*SMALL, "--no-fuse", "--checkpoint", stopped, "--resume", *changes) == (
-        f"train.py: error: checkpoint {newest(stopped)} is of another run: "
-        "--lr was 0.1, but got 0.2; --seed was 0, but got 3"
-    )
-
-
-def test_a_folder_with_checkpoints_is_not_written_over(stopped, refused):
-    assert "holds step-00000002.pt: --resume continues it" in refused("--no-fuse", "--checkpoint", stopped)
-
-
-def test_damaged_checkpoints(stopped, tmp_path, refused):
-    content = newest(stopped).read_bytes()
-    flipped = bytearray(content)
-    flipped[len(content) // 2] ^= 1
-    for damaged in (content[: len(content) // 2], content[:-1], bytes(flipped), b"", b"no checkpoint"):
-        path = checkpoints.path_of(tmp_path, 2)
-        path.write_bytes(damaged)
-        with pytest.raises(checkpoints.CheckpointError, match=str(path)):
-            checkpoints.load(path)
-    path.write_bytes(content[: len(content) // 2])
-    error = refused(*SMALL, "--no-fuse", "--checkpoint", tmp_path, "--resume")
-    assert error.startswith(f"train.py: error: checkpoint {path} cannot be read, it is truncated or damaged")
-    checkpoints.save(tmp_path, 2, {"settings": {}, "model": {}})
-    error = refused(*SMALL, "--no-fuse", "--checkpoint", tmp_path, "--resume")
-    assert error.startswith(f"train.py: error: checkpoint {path} is of another format: it lacks epoch, ")
-
-
-def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    for step in range(1, 4):
-        checkpoints.save(tmp_path, step, {"step": step})
-    assert [p.name for p in checkpoints.all_in(tmp_path)] == ["step-00000002.pt", "step-00000003.pt"]
-
-    def disk_full(state, file):
-        file.write(b"half")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(torch, "save", disk_full)
-    for step in (3, 4):
-        with pytest.raises(OSError, match="no space left"):
-            checkpoints.save(tmp_path, step, {"step": "new"})
-    assert checkpoints.load(newest(tmp_path)) == {"step": 3}
-
-
-def test_random_state_comes_back_through_a_file(tmp_path):
-    def drawn():
-        return random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item()
-
-    path = checkpoints.save(tmp_path, 0, checkpoints.random_state())
-    first = drawn()
-    assert drawn() != first
-    checkpoints.set_random_state(checkpoints.load(path))
-    assert drawn() == first
 
 
 def test_every_image_is_in_one_shard():
@@ -303,21 +81,6 @@ def test_augmentation_shifts_by_up_to_one_pixel():
     assert len(set(of_epochs)) > 1
 
 
-@pytest.fixture
-def trainer():
-    """Makes a trainer in this process, on the CPU, from options of the command."""
-    import train
-
-    def make(*options):
-        args = train._arguments([*SMALL, *map(str, options)])
-        images = load_images(args.data, args.image_size, args.workers, args.seed)
-        network = cifar_resnet(args.depth, images.classes, images.channels)
-        processes = Processes(0, 1, torch.device("cpu"))
-        return Trainer(network, network, images, args, processes, argparse.Namespace(received=False))
-
-    return make
-
-
 def test_learning_rate_schedule(trainer):
     ours = trainer("--lr", 2, "--epochs", 3, "--warmup-epochs", 1)
     rates = []
@@ -330,31 +93,6 @@ def test_learning_rate_schedule(trainer):
     assert rates[44] == pytest.approx(1)
     assert sorted(rates[22:], reverse=True) == rates[22:]
     assert ours.optimizer.param_groups[0]["lr"] == 0
-
-
-def test_a_resumed_run_has_the_random_numbers_of_the_first(trainer, tmp_path):
-    options = ["--checkpoint", tmp_path, "--max-steps", 1]
-    assert trainer(*options).train(Console(quiet=True)) == 0
-    expected = torch.rand(()), np.random.rand(), random.random()
-    second = trainer(*options)
-    second.resume(newest(tmp_path))
-    assert second.steps == 1
-    assert (torch.rand(()), np.random.rand(), random.random()) == expected
-
-
-def test_float16_is_resumed_with_its_gradient_scale(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = [*SMALL, "--no-fuse", "--amp", "float16", "--channels-last", "--label-smoothing", 0.1]
-    run(*options, "--checkpoint", whole, "--max-steps", 4)
-    for steps in (2, 4):
-        run(*options, "--checkpoint", parts, "--resume", "--max-steps", steps)
-    same(whole, parts)
-    assert checkpoints.load(newest(whole))["scaler"]["_growth_tracker"] == 4
-
-
-def results(path, *options, **changes):
-    out = run(*options, "--json", path, **changes)
-    return json.loads(path.read_text())["epochs"], out
 
 
 def test_fused_and_plain_runs_agree(tmp_path):
@@ -400,17 +138,6 @@ def test_the_kernels_take_the_steps_that_plain_operators_take(tmp_path):
     plain, fused = (checkpoints.load(newest(tmp_path / name))["model"] for name in ("plain", "kernels"))
     torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)
     assert not torch.equal(fused["3.bn1.running_var"], plain["3.bn1.running_var"])
-
-
-@pytest.mark.gpu
-def test_a_deterministic_gpu_run_is_resumed_to_the_bit(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = [*SMALL, "--amp", "bfloat16", "--channels-last", "--deterministic", "--epochs", 2]
-    visible = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
-    run(*options, "--checkpoint", whole, **visible)
-    for extra in (["--max-steps", 30], ["--resume"]):
-        run(*options, "--checkpoint", parts, *extra, **visible)
-    same(whole, parts)
 
 
 @pytest.mark.parametrize(
