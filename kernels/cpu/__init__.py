@@ -3,7 +3,7 @@
 from ..call import Gradients, Norm, accumulator
 from ..geometry import dense, plane_geometry, unpack_plane_mask
 from .build import UnavailableError, built, load, obstacle
-from .calls import backward, forward, input_gradients, local_statistics, local_sums, normalise
+from .functions import backward, forward, input_gradients, local_statistics, local_sums, normalise
 
 geometry = plane_geometry
 unpack_mask = unpack_plane_mask

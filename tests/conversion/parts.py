@@ -10,8 +10,6 @@ from torch import nn
 import resfused
 
 CHANNELS = 4
-
-
 RELU, ADD, ADD_NORM = "norm+relu", "norm+add+relu", "norm+add(norm)+relu"
 
 

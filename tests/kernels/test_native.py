@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import FORMS, LAYOUTS, PARAMETERS, assert_close, pre_activation, problem, relative_error, run
 from resfused.kernels import cpu
-from resfused.kernels.cpu import calls
+from resfused.kernels.cpu import functions
 
 import resfused
 from resfused import functional, reference
@@ -21,13 +21,13 @@ LARGE = [(16, 64, 28, 28), (3, 5, 130, 101), (32, 256, 7, 7), (6, 24, 64, 64), (
 def native(_reproducible, monkeypatch):
     """The backend in force, and the list of what went to the library."""
     ran = []
-    run_record = calls._run
+    run_record = functions._run
 
     def counted(function, record):
         ran.append(function.__name__)
         run_record(function, record)
 
-    monkeypatch.setattr(calls, "_run", counted)
+    monkeypatch.setattr(functions, "_run", counted)
     with resfused.use_backend("native"):
         yield ran
 

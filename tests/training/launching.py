@@ -13,20 +13,10 @@ import torch
 from training import checkpoints
 
 SCRIPT = str(Path(__file__).parents[2] / "benchmarks" / "train.py")
-
-
 ALONE = [sys.executable, SCRIPT]
-
-
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-
-
 TWO, THREE = ([*TORCHRUN, f"--nproc-per-node={size}", SCRIPT] for size in (2, 3))
-
-
 SMALL = ["--depth", "8", "--batch-size", "64"]
-
-
 PATIENCE = 120
 
 
