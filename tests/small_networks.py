@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from resfused.kernels import gpu as kernels
 from torch import Tensor, nn
 
 import resfused
@@ -151,3 +153,33 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     y = model(leaf)
     backward(y)
     return {"output": y.detach(), "gradient of the input": leaf.grad, **state(model)}
+
+
+PLACES = {
+    "the model": "",
+    "stage": "layer1",
+    "block that gives a pair": "layer1.0",
+    "block that takes a pair": "layer2.0",
+    "norm": "layer1.0.bn1",
+    "norm before the addition": "layer1.0.bn2",
+    "norm of the projection": "layer2.0.downsample.1",
+    "ReLU": "layer1.0.relu",
+    "convolution": "layer1.0.conv2",
+    "convolution that reads a pair": "layer2.0.conv1",
+    "projection that reads a pair": "layer2.0.downsample.0",
+    "whole projection": "layer2.0.downsample",
+}
+
+
+def pairs(model, x):
+    """How many nodes of a training step were given two gradients to add."""
+    with mock.patch.object(kernels, "backward", wraps=kernels.backward) as counted:
+        step(model, x)
+    return sum(call.args[1] is not None for call in counted.call_args_list)
+
+
+def nodes(model, x):
+    """How many fused nodes a training step has."""
+    with mock.patch.object(kernels, "forward", wraps=kernels.forward) as counted:
+        step(copy.deepcopy(model), x)
+    return counted.call_count

@@ -4,10 +4,9 @@ from unittest import mock
 
 import pytest
 import torch
-from chain import NormFirst, nodes
 from oracle import assert_close, relative_error
 from resfused.kernels import gpu as kernels
-from small_networks import BasicBlock, ResNet, activations, chain, fused_and_eager, images, is_fused, step
+from small_networks import BasicBlock, ResNet, activations, chain, fused_and_eager, images, is_fused, nodes, step
 from torch import nn
 
 import resfused
@@ -27,6 +26,18 @@ REPLACEMENTS = {
     "no parameters": lambda m: setattr(m.layer1[0], "bn2", nn.BatchNorm2d(4, affine=False)),
     "another stage": lambda m: setattr(m, "layer2", nn.Flatten()),
 }
+
+
+class NormFirst(nn.Module):
+    """A norm of what another branch reads after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, bias=False)
+
+    def forward(self, x):
+        out = self.bn(x)
+        return torch.relu(out + self.conv(x))
 
 
 @pytest.mark.parametrize("name", REPLACEMENTS)
