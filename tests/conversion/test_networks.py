@@ -156,15 +156,24 @@ def test_results_on_plain_operators(name, device, plain_calls):
     assert_close(ours, exact, TOLERANCE)
 
 
-@pytest.mark.parametrize("name", zoo.SMALL)
-def test_results_on_the_kernels(name, device, nodes):
+# The interpreter takes the smaller ones.
+ON_KERNELS = [
+    *((name, "native") for name in zoo.SMALL),
+    *((f"small/{name}", "triton") for name in ("torchvision_basic", "transformers_basic", "cifar_resnet8")),
+]
+
+
+@pytest.mark.parametrize(("name", "backend"), ON_KERNELS)
+def test_results_on_the_kernels(name, backend, device, nodes):
+    if backend == "native":
+        device = torch.device("cpu")
     made, forked = nodes
     network = build(name).to(device, torch.float64)
     x = torch.randn(zoo.entry(name).shape, dtype=torch.float64, device=device)
     exact = coverage.results(copy.deepcopy(network), x)
     resfused.fuse_(network)
     unfused = copy.deepcopy(network)
-    with resfused.use_backend("triton"):
+    with resfused.use_backend(backend):
         assert_close(coverage.results(network, x), exact, TOLERANCE)
         assert Counter(made) == counts(name)
         assert len(forked) == STRUCTURE[name][4]

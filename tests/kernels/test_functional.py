@@ -139,7 +139,8 @@ def test_absent_running_statistics(form, device):
 def test_any_subset_of_gradients(form, training, device, launches):
     p = problem(form, (3, 5, 2, 3), torch.float64, device, training=training)
     names = [n for n in ("input", "residual", *PARAMETERS) if n in p.tensors]
-    for subset in chain.from_iterable(combinations(names, size) for size in range(len(names) + 1)):
+    # None, each alone, all but one, all.
+    for subset in chain.from_iterable(combinations(names, size) for size in {0, 1, len(names) - 1, len(names)}):
         check(replace(p, wanted=subset))
 
 

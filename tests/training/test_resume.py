@@ -157,11 +157,11 @@ def test_a_resumed_run_has_the_random_numbers_of_the_first(trainer, tmp_path):
 def test_float16_is_resumed_with_its_gradient_scale(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = [*SMALL, "--no-fuse", "--amp", "float16", "--channels-last", "--label-smoothing", 0.1]
-    run(*options, "--checkpoint", whole, "--max-steps", 4)
-    for steps in (2, 4):
+    run(*options, "--checkpoint", whole, "--max-steps", 2)
+    for steps in (1, 2):
         run(*options, "--checkpoint", parts, "--resume", "--max-steps", steps)
     same(whole, parts)
-    assert checkpoints.load(newest(whole))["scaler"]["_growth_tracker"] == 4
+    assert checkpoints.load(newest(whole))["scaler"]["_growth_tracker"] == 2
 
 
 @pytest.mark.gpu

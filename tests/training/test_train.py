@@ -99,8 +99,7 @@ def test_fused_and_plain_runs_agree(tmp_path):
     options = [*SMALL, "--epochs", 1, "--warmup-epochs", 0, "--dtype", "float64"]
     plain, _ = results(tmp_path / "plain.json", *options, "--no-fuse")
     fused, out = results(tmp_path / "fused.json", *options)
-    with resfused.use_backend("torch"):
-        assert str(resfused.fuse_(cifar_resnet(8, 10, 1))) in out
+    assert str(resfused.fuse_(cifar_resnet(8, 10, 1))) in out
     for name in ("training_loss", "validation_loss", "accuracy"):
         assert [e[name] for e in fused] == pytest.approx([e[name] for e in plain], rel=1e-6)
 
