@@ -10,7 +10,7 @@ from torch import nn
 import resfused
 from resfused import reference
 
-STEPS, BATCH = 10, 16
+STEPS, BATCH = 5, 16
 
 
 def network():
@@ -34,7 +34,7 @@ def losses(model, images, labels):
     return found
 
 
-def test_ten_steps_on_digits(device):
+def test_five_steps_on_digits(device):
     digits = pytest.importorskip("sklearn.datasets", reason="scikit-learn ships the images").load_digits()
     images = torch.tensor(digits.images[: STEPS * BATCH] / 16, dtype=torch.float64, device=device)[:, None]
     labels = torch.tensor(digits.target[: STEPS * BATCH], device=device)
