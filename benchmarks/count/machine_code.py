@@ -147,7 +147,8 @@ def read_cubin(cubin: bytes, ptx: str) -> MachineCode:
     transfers = transfers_of(ptx)
     for loads in (True, False):
         written, assembled = Counter(t.width for t in transfers if t.loads == loads), widths(opcodes, loads)
-        if written.keys() != assembled.keys() or any(written[width] > assembled[width] for width in written):
+        # Not their numbers: the assembler repeats some, and drops one that it finds to be another's.
+        if written.keys() != assembled.keys():
             raise UnreadableError(f"its PTX has transfers of {dict(written)} bits, its machine code of {assembled}")
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     if not opcodes or len(found) != 3:
