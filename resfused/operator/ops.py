@@ -84,6 +84,8 @@ def _forward_training(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[T
 
 def _share_statistics(norms: Norms) -> bool:
     """Whether running statistics of the one norm and of the other may lie in the same memory."""
+    if not norms.norm_residual:
+        return False
     own = _addresses(norms.running_mean, norms.running_var)
     others = _addresses(norms.residual_running_mean, norms.residual_running_var)
     return any(start < other_end and other < end for start, end in own for other, other_end in others)
