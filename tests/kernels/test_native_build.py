@@ -43,7 +43,7 @@ def compiler(tmp_path, library):
     def make(before=""):
         path = tmp_path / "compiler"
         path.write_text(f"""#!/bin/sh
-[ "$1" = --version ] && echo stand-in && exit
+case "$*" in *--version) echo stand-in; exit;; esac
 echo "$@" >> {tmp_path}/log
 {before}
 for last; do :; done
