@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from covering import LAUNCHES
 from workloads.interpreter import keep_patches
 
+from resfused import backend
+
 keep_patches()
 
 
@@ -29,6 +31,14 @@ def _reproducible():
 @pytest.fixture
 def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def in_cpp(monkeypatch):
+    """CPU tensors take the kernels in C++, as where nobody asks for the interpreter; child processes' too."""
+    monkeypatch.setattr(backend, "_interpreted", lambda: False)
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("RESFUSED_BACKEND", "native")
 
 
 @pytest.fixture

@@ -8,11 +8,13 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from resfused.kernels import gpu as kernels
+from resfused.kernels import cpu, gpu
 from torch import Tensor, nn
 
 import resfused
 from resfused.conversion.fused_forward import FusedForward
+
+kernels = gpu if torch.cuda.is_available() else cpu
 
 
 class BasicBlock(nn.Module):

@@ -7,12 +7,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from oracle import assert_close, relative_error
-from resfused.kernels import gpu as kernels
-from small_networks import activations, backward, chain, fused_and_eager, state, step
+from small_networks import activations, backward, chain, fused_and_eager, kernels, state, step
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from workloads.interpreter import keep_patches
 
 import resfused
 
@@ -21,7 +19,6 @@ CPU = torch.device("cpu")
 
 def run(rank, processes, store):
     """Every case in turn; the first that fails raises, and all processes are ended."""
-    keep_patches()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     dist.init_process_group(

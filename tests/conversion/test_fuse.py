@@ -21,7 +21,7 @@ from parts import (
     norm,
     step,
 )
-from resfused.kernels import gpu as kernels
+from small_networks import kernels
 from torch import nn
 
 import resfused

@@ -8,8 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from oracle import assert_close, relative_error
-from resfused.kernels import gpu as kernels
-from small_networks import ResNet, activations, chain, fused_and_eager, images, step
+from small_networks import ResNet, activations, chain, fused_and_eager, images, kernels, step
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 

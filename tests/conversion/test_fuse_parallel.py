@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from oracle import assert_close
-from resfused.kernels import gpu as kernels
-from small_networks import activations, backward, chain, fused_and_eager, is_fused, state, step
+from small_networks import activations, backward, chain, fused_and_eager, is_fused, kernels, state, step
 
 # A function of this name hides the module.
 replicate = import_module("torch.nn.parallel.replicate")

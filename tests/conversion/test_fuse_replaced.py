@@ -5,8 +5,18 @@ from unittest import mock
 import pytest
 import torch
 from oracle import assert_close, relative_error
-from resfused.kernels import gpu as kernels
-from small_networks import BasicBlock, ResNet, activations, chain, fused_and_eager, images, is_fused, nodes, step
+from small_networks import (
+    BasicBlock,
+    ResNet,
+    activations,
+    chain,
+    fused_and_eager,
+    images,
+    is_fused,
+    kernels,
+    nodes,
+    step,
+)
 from torch import nn
 
 import resfused

@@ -271,7 +271,7 @@ import small_networks
 model = found["model"]
 assert small_networks.is_fused(model)
 from unittest import mock
-from resfused.kernels import gpu as kernels
+from small_networks import kernels
 with torch.no_grad(), mock.patch.object(kernels, "forward", wraps=kernels.forward) as counted:
     torch.testing.assert_close(model(found["x"]), found["y"])
 assert counted.call_count == 11, counted.call_count

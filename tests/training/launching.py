@@ -21,7 +21,7 @@ PATIENCE = 120
 
 
 def environment(**changes):
-    """On the CPU, on plain operators unless said otherwise."""
+    """On the CPU, on its kernels."""
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return {**plain, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **changes}
 

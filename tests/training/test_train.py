@@ -1,4 +1,4 @@
-"""The training command as a user runs it: alone and in two processes, stopped and resumed, on plain operators."""
+"""The training command as a user runs it: alone and in two processes, stopped and resumed, on the CPU's kernels."""
 
 from __future__ import annotations
 
@@ -129,11 +129,10 @@ def test_two_processes_evaluate_what_they_save(tmp_path):
     assert state["history"][0]["accuracy"] == pytest.approx((outputs.argmax(1) == labels).double().mean().item())
 
 
-@pytest.mark.interpreter
 def test_the_kernels_take_the_steps_that_plain_operators_take(tmp_path):
     options = ["--depth", 8, "--batch-size", 4, "--dtype", "float64", "--max-steps", 2, "--checkpoint"]
     run(*options, tmp_path / "plain", "--no-fuse")
-    run(*options, tmp_path / "kernels", TRITON_INTERPRET="1")
+    run(*options, tmp_path / "kernels", RESFUSED_BACKEND="native")
     plain, fused = (checkpoints.load(newest(tmp_path / name))["model"] for name in ("plain", "kernels"))
     torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)
     assert not torch.equal(fused["3.bn1.running_var"], plain["3.bn1.running_var"])
