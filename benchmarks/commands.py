@@ -25,6 +25,8 @@ from console.arguments import (
 from workloads.nodes import FORMS
 from workloads.nodes import NETWORKS as NODES
 
+DEVICES = ("cuda", "cpu")
+MEMORIES = ("default", "kept")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 LAYOUTS = ("channels_last", "contiguous")
 VARIANTS = (
@@ -76,13 +78,13 @@ class Command(NamedTuple):
 def parser(description: str) -> Parser:
     """Of run.py; ``command`` of what it reads is a name of ``COMMANDS``, or None."""
     top = Parser(prog="run.py", description=description)
-    _measuring(top, {"results": None, "minutes": 7.0, "small": False})
+    _measuring(top, {"results": None, "minutes": None, "small": False, "device": None, "threads": None})
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.what, description=command.what)
         if command.measures:
             # What stands before a command holds in it, too.
-            _measuring(sub, dict.fromkeys(("results", "minutes", "small"), argparse.SUPPRESS))
+            _measuring(sub, dict.fromkeys(("results", "minutes", "small", "device", "threads"), argparse.SUPPRESS))
         command.add_arguments(sub)
     return top
 
@@ -90,48 +92,75 @@ def parser(description: str) -> Parser:
 def _measuring(p: Parser, defaults: dict[str, Any]) -> None:
     p.add_argument(
         "--results", type=output_file, metavar="PATH", default=defaults["results"],
-        help="result file to add to; default results/<the GPU's name>.json",
+        help="result file to add to; default results/<the GPU's, or the CPU's, name>.json",
     )  # fmt: skip
     p.add_argument(
-        "--minutes", type=positive_float, default=defaults["minutes"], help="nothing new begins after them; default 7"
+        "--minutes", type=positive_float, default=defaults["minutes"],
+        help="nothing new begins after them; default 7, on a CPU 2.3, or 60 of a command",
+    )  # fmt: skip
+    p.add_argument(
+        "--small", action="store_true", default=defaults["small"],
+        help="small shapes, on a CPU without torch.compile: shows that it works",
+    )  # fmt: skip
+    p.add_argument(
+        "--device", choices=DEVICES, default=defaults["device"], help="default cuda where there is a CUDA GPU"
     )
     p.add_argument(
-        "--small", action="store_true", default=defaults["small"], help="small shapes; always so without a CUDA GPU"
-    )
+        "--threads", type=positive_int, metavar="N", default=defaults["threads"],
+        help="PyTorch's, and ours, on a CPU; default its cores",
+    )  # fmt: skip
 
 
 def _node_filters(p: Parser) -> None:
     """Which nodes, and how they are measured."""
     p.add_argument("--network", choices=NODES, action="append", help="whose nodes; repeatable, default both")
-    p.add_argument("--batch", type=positive_int, action="append", metavar="N", help="repeatable; default 256 and 32")
-    p.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    p.add_argument("--layout", choices=LAYOUTS, default="channels_last")
+    p.add_argument(
+        "--batch", type=positive_int, action="append", metavar="N", help="repeatable; default 256 and 32, on a CPU 32"
+    )
+    p.add_argument(
+        "--dtype", choices=DTYPES, action="append", help="repeatable; default bfloat16, on a CPU float32 too"
+    )
+    p.add_argument(
+        "--layout", choices=LAYOUTS, action="append", help="repeatable; default channels_last, on a CPU both"
+    )
     p.add_argument("--form", choices=FORMS, action="append", help="repeatable; default all three")
-    p.add_argument("--repetitions", type=positive_int, metavar="N", help="default 30, of small shapes 5")
+    p.add_argument(
+        "--repetitions", type=positive_int, metavar="N", help="default 30, on a CPU at least 7, of small shapes 5"
+    )
 
 
 def _nodes(p: Parser) -> None:
     _node_filters(p)
     p.add_argument(
         "--against", choices=VARIANTS, action="append", metavar="VARIANT",
-        help=f"repeatable: {', '.join(VARIANTS)}; default eager and, on a GPU, torch.compile",
+        help=f"repeatable: {', '.join(VARIANTS)}; default eager and torch.compile",
     )  # fmt: skip
     p.add_argument("--cuda-graph", action="store_true", help="time replays of CUDA graphs, without launches")
+    p.add_argument(
+        "--memory", choices=MEMORIES, action="append",
+        help="of a CPU: as the C library does by default, or kept mapped when it is freed; default one after the other",
+    )  # fmt: skip
 
 
 def _networks(p: Parser) -> None:
     p.add_argument(
         "--network", action="append", choices=NETWORKS, metavar="NAME",
-        help="repeatable; default torchvision's resnet50, resnet18 and resnet101",
+        help="repeatable; default torchvision's resnet50, resnet18 and, on a GPU, resnet101",
     )  # fmt: skip
     p.add_argument("--mode", action="append", choices=MODES, help="repeatable; default training; ResNet-50's both")
-    p.add_argument("--batch", type=positive_int, action="append", metavar="N", help="repeatable; default 256 and 64")
+    p.add_argument(
+        "--batch", type=positive_int, action="append", metavar="N", help="repeatable; default 256 and 64, on a CPU 16"
+    )
+    p.add_argument(
+        "--dtype", choices=DTYPES, action="append",
+        help="halves are autocast's; repeatable; default bfloat16, on a CPU float32 too",
+    )  # fmt: skip
     p.add_argument("--image-size", type=positive_int, metavar="PIXELS", help="default 224, of small networks their own")
     p.add_argument(
         "--against", choices=WAYS, action="append", metavar="WAY",
-        help=f"repeatable: {'; '.join(WAYS)}; default eager and, on a GPU, torch.compile",
+        help=f"repeatable: {'; '.join(WAYS)}; default eager and torch.compile",
     )  # fmt: skip
-    p.add_argument("--repetitions", type=positive_int, metavar="N", help="default 20, of small networks 2")
+    p.add_argument("--repetitions", type=positive_int, metavar="N", help="default 20, on a CPU 5, of small networks 2")
 
 
 def _profile(p: Parser) -> None:
@@ -228,6 +257,8 @@ def _json(p: Parser) -> None:
     p.add_argument("--json", type=json_file, metavar="PATH", help="also write every number there")
 
 
+STANDARD = Command("measure.standard", lambda p: None, measures=True)
+"""The run without a command."""
 COMMANDS = {
     "nodes": Command("measure.node_timing", _nodes, measures=True),
     "networks": Command("measure.network_timing", _networks, measures=True),

@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from console.arguments import UsageError
 from console.progress import Progress
 from console.rows import Rows
 from record.results import KernelTime, StepProfile
@@ -194,5 +195,9 @@ def profile_steps(workload: Workload, ways: Sequence[str], m: Measuring) -> None
 
 
 def measure(args: argparse.Namespace, m: Measuring) -> None:
-    profile_nodes(node_timing.filtered(args, m.small), m, args.counters)
-    profile_steps(network_timing.standard_workload(m.small), args.step or [], m)
+    """Raises: UsageError without a CUDA GPU."""
+    if m.device.type != "cuda":
+        raise UsageError("profile needs a CUDA GPU, whose kernels its profiler sees")
+    for c in node_timing.filtered(args, m):
+        profile_nodes(c, m, args.counters)
+    profile_steps(network_timing.standard_workload(m), args.step or [], m)

@@ -6,17 +6,25 @@ import argparse
 from dataclasses import dataclass
 
 import torch
+from console.arguments import UsageError
 from console.rows import Rows
-from record.results import CPU_LABEL, Run, default_path
+from record.results import Run, default_path, machine
 from rich.console import Console
 from rich.markup import escape
 
 from measure.timing import Deadline, copy_bandwidth
+from resfused.backend import Backend
+
+# What ours runs on: forced, so that nothing else is timed in its name.
+BACKENDS: dict[str, Backend] = {"cuda": "triton", "cpu": "native"}
+# Of the run without a command, and of one.
+MINUTES = {"cuda": (7.0, 7.0), "cpu": (2.3, 60.0)}
+MANY = 3
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """``small``: whether shapes are to be small enough for Triton's interpreter."""
+    """``small``: whether shapes are to be so small that they only show that it works."""
 
     run: Run
     copy: float
@@ -33,22 +41,31 @@ class Measuring:
 
 
 def begin(args: argparse.Namespace) -> Measuring:
-    """Raises: UsageError, before anything is changed, where the result file cannot be added to."""
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
+    """Raises: UsageError, before anything is changed, where the device is not there or the result file cannot be added
+    to."""
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda needs a CUDA GPU, and torch sees none")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(name)
     console = Console()
-    if not on_gpu:
-        torch.set_num_threads(1)
-    run = Run(args.results or default_path(), vars(args))
+    deadline = Deadline(args.minutes or MINUTES[name][args.command is not None])
+    run = Run(args.results or default_path(name), vars(args), name)
     copy = copy_bandwidth(device)
     run.note("copy_gb_s", copy)
-    where = torch.cuda.get_device_name() if on_gpu else CPU_LABEL
-    console.print(f"[bold]{where}[/], torch {torch.__version__}; a copy moves {copy:.0f} GB/s")
-    return Measuring(run, copy, Deadline(args.minutes), device, args.small or not on_gpu, console)
+    console.print(f"[bold]{machine(run.environment)}[/], torch {torch.__version__}; a copy moves {copy:.0f} GB/s")
+    return Measuring(run, copy, deadline, device, args.small, console)
 
 
 def left_out(run: Run) -> Rows:
+    """By reason; of many with one reason the first."""
     table = Rows("Left out", keys=("what", "because"))
+    by_reason: dict[str, list[str]] = {}
     for what, reason in run.left_out:
-        table.add(escape(what), escape(reason))
+        by_reason.setdefault(reason, []).append(what)
+    for reason, of_it in by_reason.items():
+        shown = of_it if len(of_it) <= MANY else [f"{of_it[0]}, and {len(of_it) - 1} more"]
+        for what in shown:
+            table.add(escape(what), escape(reason))
     return table

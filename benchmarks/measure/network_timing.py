@@ -1,8 +1,8 @@
 """Times of whole networks: a training step or an inference, images a second and peak memory, ours against the others.
 
-Synthetic images that lie on the device; autocast; SGD with momentum. Every variant is a model of its own with the same
-weights, compared before it is timed: logits and gradients with those of plain float32 (float64 on a CPU), within twice
-eager's own difference. The steps of the variants take turns.
+Synthetic images that lie on the device; autocast, or float32 throughout; SGD with momentum. Every variant is a model of
+its own with the same weights, compared before it is timed: logits and gradients with those of plain float32 (float64 on
+a CPU), within twice eager's own difference. The steps of the variants take turns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from console.rows import Rows
 from record.results import NetworkTime
 from torch import Tensor, nn
 from workloads.gate import FACTOR, relative_error
-from workloads.problems import LAYOUTS
+from workloads.problems import DTYPES, LAYOUTS
 from workloads.zoo import build, entry, logits_of
 
 import resfused
@@ -31,34 +31,29 @@ from measure.timing import Deadline, captured, first_line, interleaved, warm_ups
 
 TRAINING, INFERENCE = MODES = ("training", "inference")
 RESNET50, SMALL_NETWORK = "torchvision/resnet50", "small/cifar_resnet8"
-DEFAULT_NETWORKS = (RESNET50, "torchvision/resnet18", "torchvision/resnet101")
-BATCHES = (256, 64)
+RESNET18, RESNET101 = "torchvision/resnet18", "torchvision/resnet101"
 IMAGE_SIZE = 224
-# Of eager's difference to the exact numbers; where it is smaller than this, this.
-LEAST_ERROR = 1e-2
+HALF, FLOAT = "bfloat16", "float32"
+# The limit, by bytes of an element, where twice eager's difference to the exact numbers is smaller.
+LEAST_ERROR = {2: 1e-2, 4: 1e-3, 8: 1e-9}
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a network is run. ``compiled``: torch.compile's mode. ``dtype``: autocast's, or a wider one of everything."""
+    """How a network is run. ``compiled``: torch.compile's mode.
+
+    ``dtype``: autocast's, or a wider one of everything; None is the workload's.
+    """
 
     fused: bool = False
     compiled: str | None = None
     cuda_graph: bool = False
     layout: str = "channels_last"
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype | None = None
 
-    @property
-    def autocasts(self) -> bool:
-        return self.dtype.itemsize == 2
-
-    @property
-    def parameters(self) -> torch.dtype:
-        return torch.float32 if self.autocasts else self.dtype
-
-    def model(self, network: nn.Module) -> nn.Module:
-        """A copy of ``network`` as this way has it."""
-        model = cast(Any, copy.deepcopy(network)).to(self.parameters, memory_format=LAYOUTS[self.layout])
+    def model(self, network: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """A copy of ``network`` as this way has it, with parameters of ``dtype``."""
+        model = cast(Any, copy.deepcopy(network)).to(dtype, memory_format=LAYOUTS[self.layout])
         if self.fused:
             resfused.fuse_(model)
         return cast(nn.Module, torch.compile(model, mode=self.compiled, dynamic=False)) if self.compiled else model
@@ -79,7 +74,37 @@ WAYS = {
     COMPILED: Way(compiled="default"),
     AUTOTUNED: Way(compiled="max-autotune"),
 }
-STANDARD = (OURS, AGAIN, OURS_GRAPH, OURS_COMPILED, EAGER, COMPILED)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is timed on a device where nothing else is asked. ``workloads``: (network, mode)."""
+
+    workloads: tuple[tuple[str, str], ...]
+    batches: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    repetitions: int
+    ways: tuple[str, ...]
+
+
+SCOPES = {
+    "cuda": Scope(
+        ((RESNET50, TRAINING), (RESNET18, TRAINING), (RESNET101, TRAINING), (RESNET50, INFERENCE)),
+        (256, 64), (HALF,), 20, (OURS, AGAIN, OURS_GRAPH, OURS_COMPILED, EAGER, COMPILED),
+    ),
+    "cpu": Scope(
+        ((RESNET50, TRAINING), (RESNET18, TRAINING), (RESNET50, INFERENCE)),
+        (16,), (FLOAT, HALF), 5, (OURS, AGAIN, OURS_COMPILED, EAGER, COMPILED),
+    ),
+}  # fmt: skip
+
+
+def scope(m: Measuring) -> Scope:
+    found = SCOPES[m.device.type]
+    if not m.small:
+        return found
+    ways = found.ways if m.device.type == "cuda" else (OURS, AGAIN, EAGER)
+    return Scope(((SMALL_NETWORK, TRAINING),), (entry(SMALL_NETWORK).shape[0],), found.dtypes, 2, ways)
 
 
 @dataclass(frozen=True)
@@ -88,9 +113,10 @@ class Workload:
     mode: str
     batch: int
     image_size: int
+    dtype: str = HALF
 
     def __str__(self) -> str:
-        return f"{self.network} {self.mode}, batch {self.batch}"
+        return f"{self.network} {self.mode}, batch {self.batch}, {self.dtype}"
 
 
 class Step:
@@ -99,10 +125,12 @@ class Step:
     def __init__(self, workload: Workload, way: Way, network: nn.Module, images: Tensor, labels: Tensor):
         self._training = workload.mode == TRAINING
         self._way, self._labels = way, labels
-        self._images = images.to(way.parameters).contiguous(memory_format=LAYOUTS[way.layout])
-        self._model = way.model(network).train(self._training)
+        self.dtype = way.dtype or DTYPES[workload.dtype]
+        parameters = torch.promote_types(self.dtype, torch.float32)
+        self._images = images.to(parameters).contiguous(memory_format=LAYOUTS[way.layout])
+        self._model = way.model(network, parameters).train(self._training)
         self._optimizer = torch.optim.SGD(self._model.parameters(), 0.01, momentum=0.9)
-        scales = self._training and way.dtype is torch.float16
+        scales = self._training and self.dtype is torch.float16
         self._scaler = torch.amp.GradScaler(images.device.type, enabled=scales)
 
     def results(self) -> list[Tensor]:
@@ -126,8 +154,8 @@ class Step:
         # A CUDA graph may not hold the cast weights of an earlier step.
         autocast = torch.autocast(
             self._images.device.type,
-            self._way.dtype,
-            enabled=self._way.autocasts,
+            self.dtype,
+            enabled=self.dtype.itemsize == 2,
             cache_enabled=not self._way.cuda_graph,
         )
         with torch.set_grad_enabled(self._training), autocast:
@@ -155,12 +183,13 @@ class Judge:
     def step(self, way: Way) -> Step:
         return Step(self.workload, way, self._network, self._images, self._labels)
 
-    def verdict(self, way: Way, step: Step) -> tuple[float, float]:
+    def verdict(self, step: Step) -> tuple[float, float]:
         """(error, limit) of the logits or the gradients, whichever come nearer to their limit."""
-        if way.dtype not in self._limits:
-            eager = self._errors(self.step(Way(dtype=way.dtype)))
-            self._limits[way.dtype] = [max(FACTOR * error, LEAST_ERROR) for error in eager]
-        errors = zip(self._errors(step), self._limits[way.dtype], strict=True)
+        dtype = step.dtype
+        if dtype not in self._limits:
+            eager = self._errors(self.step(Way(dtype=dtype)))
+            self._limits[dtype] = [max(FACTOR * error, LEAST_ERROR[dtype.itemsize]) for error in eager]
+        errors = zip(self._errors(step), self._limits[dtype], strict=True)
         return max(errors, key=lambda pair: pair[0] / pair[1])
 
     def _errors(self, step: Step) -> list[float]:
@@ -221,7 +250,7 @@ def _prepared(
 def _prepare(way: Way, judge: Judge, device: torch.device) -> Ready | str:
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     step = judge.step(way)
-    error, limit = judge.verdict(way, step)
+    error, limit = judge.verdict(step)
     if not error <= limit:
         return f"WRONG: off by {error:.1e}, over {limit:.1e}"
     if device.type != "cuda":
@@ -251,7 +280,7 @@ def _timed(workload: Workload, ready: dict[str, Ready], repetitions: int, device
     return [
         NetworkTime(
             samples[way], workload.network, workload.mode, workload.batch, workload.image_size, way, step.peak_bytes,
-            step.error,
+            step.error, workload.dtype,
         )
         for way, step in ready.items()
     ]  # fmt: skip
@@ -261,57 +290,49 @@ def table(times: list[NetworkTime], title: str) -> Rows:
     """Images a second, peak memory, and how many times as fast as eager."""
     shown = Rows(
         title,
-        keys=("network", "mode", "batch", "variant"),
+        keys=("network", "mode", "batch", "dtype", "variant"),
         values=("ms", "p20 to p80", "images/s", "x eager", "peak GB"),
         caption="Medians.",
     )
-    eager = {(t.network, t.mode, t.batch): t.milliseconds for t in times if t.variant == EAGER}
+    eager = {t.workload: t.milliseconds for t in times if t.variant == EAGER}
     for t in times:
-        base = eager.get((t.network, t.mode, t.batch))
+        base = eager.get(t.workload)
         shown.add(
-            t.network, t.mode, str(t.batch), t.variant, f"{t.milliseconds:.2f}",
+            t.network, t.mode, str(t.batch), t.dtype, t.variant, f"{t.milliseconds:.2f}",
             f"{t.quantile(20):.2f} to {t.quantile(80):.2f}", f"{t.images_s:.0f}",
             f"{base / t.milliseconds:.2f}" if base else "", f"{t.peak_bytes / 1e9:.2f}" if t.peak_bytes else "",
         )  # fmt: skip
     return shown
 
 
-def workloads(args: argparse.Namespace, small: bool) -> list[Workload]:
-    """From the command's arguments; ``small``: of networks that Triton's interpreter takes seconds for."""
-    networks = args.network or ([SMALL_NETWORK] if small else DEFAULT_NETWORKS)
-    pairs = list(product(networks, args.mode or [TRAINING]))
-    if not (args.network or args.mode or small):
-        pairs.append((RESNET50, INFERENCE))
+def workloads(args: argparse.Namespace, m: Measuring) -> list[Workload]:
+    """From the command's arguments, else all that the device's scope has."""
+    found = scope(m)
+    pairs = found.workloads
+    if args.network or args.mode:
+        networks = args.network or list(dict.fromkeys(network for network, _ in pairs))
+        pairs = tuple(product(networks, args.mode or [TRAINING]))
     return [
-        Workload(name, mode, batch, args.image_size or _image_size(name, small))
-        for name, mode in pairs
-        for batch in args.batch or ([entry(name).shape[0]] if small else BATCHES)
+        Workload(name, mode, batch, args.image_size or image_size(name), dtype)
+        for dtype, (name, mode) in product(args.dtype or found.dtypes, pairs)
+        for batch in args.batch or found.batches
     ]
 
 
-def standard_workload(small: bool) -> Workload:
-    """A training step of ResNet-50 with the larger batch."""
-    name = SMALL_NETWORK if small else RESNET50
-    batch = entry(name).shape[0] if small else BATCHES[0]
-    return Workload(name, TRAINING, batch, _image_size(name, small))
-
-
-def _image_size(name: str, small: bool) -> int:
+def image_size(name: str) -> int:
     """ImageNet's, but for networks that are made for less."""
-    for_less = small or name.startswith(("small/", "cifar/"))
-    return entry(name).shape[-1] if for_less else IMAGE_SIZE
+    return entry(name).shape[-1] if name.startswith(("small/", "cifar/")) else IMAGE_SIZE
 
 
-def repetitions(small: bool) -> int:
-    return 2 if small else 20
-
-
-def standard(device: torch.device) -> tuple[str, ...]:
-    """The ways of a comparison that names none; a CPU has no graphs, would compile for minutes, and is slow enough."""
-    return STANDARD if device.type == "cuda" else (OURS, EAGER)
+def standard_workload(m: Measuring) -> Workload:
+    """A training step of ResNet-50 with the larger batch."""
+    found = scope(m)
+    (name, mode), batch = found.workloads[0], found.batches[0]
+    return Workload(name, mode, batch, image_size(name), found.dtypes[0])
 
 
 def measure(args: argparse.Namespace, m: Measuring) -> None:
-    ours = [w for w in standard(m.device) if WAYS[w].fused]
-    ways = (*ours, *args.against) if args.against else standard(m.device)
-    time_networks(workloads(args, m.small), ways, args.repetitions or repetitions(m.small), m)
+    found = scope(m)
+    ours = [w for w in found.ways if WAYS[w].fused]
+    ways = (*ours, *args.against) if args.against else found.ways
+    time_networks(workloads(args, m), ways, args.repetitions or found.repetitions, m)

@@ -1,53 +1,98 @@
 """Times of single nodes: ours against what a user would otherwise pick, forward, backward and both.
 
 Medians are reported. GB/s is of the least bytes that two-phase kernels must move, whatever was moved. Nothing is timed
-before its results on the same tensors were compared with float64. A second run of ours shows the noise.
+before its results on the same tensors were compared with float64. A second run of ours shows the noise. On a CPU nodes
+are timed twice, the second time with memory kept mapped, and so is the compilation of the kernels.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from console.arguments import UsageError
 from console.progress import Progress
 from console.rows import Rows
-from record.results import NodeTime, Run
-from workloads.gate import judge
-from workloads.nodes import FORMS, NETWORKS, Node
+from record.results import BuildTime, NodeTime, Run
+from resfused.kernels import cpu
+from workloads.gate import Judge
+from workloads.nodes import FORMS, NETWORKS, NORM_ADD_RELU, Node
 from workloads.passes import BACKWARD, FORWARD, PHASES, two_phases
 from workloads.problems import DTYPES, Problem, problem
 
+from measure import memory
 from measure.measuring import Measuring
 from measure.timing import captured, first_line, interleaved, rotation
 from measure.variants import AGAIN, EAGER, OURS, STANDARD, VARIANTS, Variant
 
+# What a call takes before any arithmetic.
+TINY = Node(NORM_ADD_RELU, 8, 2, 2, 1)
 SMALL = [Node(form, 16, 4, 4, 1) for form in FORMS]
-SMALL_BATCHES = (8,)
-BATCHES = (256, 32)
+HALF, FLOAT = "bfloat16", "float32"
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is timed on a device where nothing else is asked. ``memories``: see ``memory``."""
+
+    batches: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    layouts: tuple[str, ...]
+    repetitions: int
+    least_seconds: float = 0.0
+    memories: tuple[str, ...] = (memory.DEFAULT,)
+    variants: tuple[str, ...] = STANDARD
+
+
+SCOPES = {
+    "cuda": Scope((256, 32), (HALF,), ("channels_last",), 30),
+    "cpu": Scope((32,), (FLOAT, HALF), ("channels_last", "contiguous"), 7, 0.2, memory.MEMORIES),
+}
+
+
+def scope(m: Measuring) -> Scope:
+    found = SCOPES[m.device.type]
+    if not m.small:
+        return found
+    variants = STANDARD if m.device.type == "cuda" else (OURS, AGAIN, EAGER)
+    return replace(found, batches=(8,), repetitions=5, least_seconds=0.0, memories=(memory.DEFAULT,), variants=variants)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is timed against what. ``cuda_graph``: every call is the replay of a CUDA graph."""
+    """What is timed against what. ``cuda_graph``: every call is the replay of a CUDA graph.
+
+    ``least_seconds``: see ``interleaved``; ``kept_mapped``: see ``memory``.
+    """
 
     nodes: list[Node]
-    batches: list[int]
+    batches: Sequence[int]
     dtype: torch.dtype
     layout: str
+    device: torch.device
     repetitions: int
+    least_seconds: float = 0.0
     variants: tuple[str, ...] = STANDARD
     cuda_graph: bool = False
-    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    kept_mapped: bool = False
 
     def __str__(self) -> str:
-        graphs = ", in CUDA graphs" if self.cuda_graph else ""
-        return f"{_name(self.dtype)} {self.layout}{graphs}"
+        return setting(_name(self.dtype), self.layout, self.cuda_graph, self.kept_mapped)
+
+
+def setting(dtype: str, layout: str, cuda_graph: bool, kept_mapped: bool) -> str:
+    """In words."""
+    graphs = ", in CUDA graphs" if cuda_graph else ""
+    return f"{dtype} {layout}{graphs}{', memory kept mapped' if kept_mapped else ''}"
 
 
 def unique(nodes: list[Node]) -> list[Node]:
@@ -55,18 +100,20 @@ def unique(nodes: list[Node]) -> list[Node]:
     return list({(n.form, n.channels, n.height, n.width): n for n in nodes}.values())
 
 
-def time_nodes(c: Comparison, m: Measuring) -> None:
+def time_nodes(comparisons: Sequence[Comparison], m: Measuring) -> None:
     """Every node of every batch until the deadline; what could not be timed is noted with the reason."""
-    libraries = _libraries(c, m.run)
-    with Progress(m.console, "Timing nodes", len(c.nodes) * len(c.batches)) as progress:
-        for batch, node in product(c.batches, c.nodes):
-            name = f"{node.form} {node.channels}x{node.height}x{node.width}, batch {batch}"
-            progress.detail(name)
-            if m.deadline.passed:
-                m.run.leave_out(f"{name}, {c}", m.deadline.over)
-            else:
-                m.run.add(_time_node(c, node, batch, libraries, partial(_leave_out, m.run, c, name), m.copy))
-            progress.advance()
+    total = sum(len(c.nodes) * len(c.batches) for c in comparisons)
+    with Progress(m.console, "Timing nodes", total) as progress:
+        for c in comparisons:
+            libraries = _libraries(c, m.run)
+            for batch, node in product(c.batches, c.nodes):
+                name = f"{node.form} {node.channels}x{node.height}x{node.width}, batch {batch}"
+                progress.detail(f"{name}, {c}")
+                if m.deadline.passed:
+                    m.run.leave_out(f"{name}, {c}", m.deadline.over)
+                else:
+                    m.run.add(_time_node(c, node, batch, libraries, partial(_leave_out, m.run, c, name), m.copy))
+                progress.advance()
 
 
 def _leave_out(run: Run, c: Comparison, node: str, variant: str, reason: str) -> None:
@@ -102,8 +149,9 @@ def _time_node(
     sets = rotation(3 * elements * c.dtype.itemsize, c.repetitions, c.device)
     problems = [problem(node.form, shape, c.dtype, c.layout, c.device) for _ in range(sets)]
     errors = {}
+    judges: dict[object, Judge] = {}
     for variant, library in libraries.items():
-        error, reason = _checked(VARIANTS[variant], problems[0], library, c.layout)
+        error, reason = _checked(VARIANTS[variant], problems[0], library, c.layout, judges)
         if reason is None:
             errors[variant] = error
         else:
@@ -117,19 +165,27 @@ def _time_node(
                 calls[v] = _calls(own[v], libraries[v], phase, c)
             except Exception as error:
                 leave_out(v, f"{phase}: {first_line(error)}")
-        samples = interleaved(calls, c.repetitions, c.device)
+        samples = interleaved(calls, c.repetitions, c.device, c.least_seconds)
         least = two_phases(node.form, phase).bytes(elements, c.dtype)
         place = node.form, node.channels, node.height, node.width, batch, _name(c.dtype), c.layout, phase, least, copy
         # A graph's replay is a call of every set.
         per_call = [(v, [ms * len(calls[v]) / sets for ms in samples[v]]) for v in calls]
-        found += [NodeTime(times, *place, v, c.cuda_graph, errors[v]) for v, times in per_call]
+        found += [NodeTime(times, *place, v, c.cuda_graph, errors[v], c.kept_mapped) for v, times in per_call]
     return found
 
 
-def _checked(variant: Variant, p: Problem, library: object, layout: str) -> tuple[float, str | None]:
-    """(its largest error, why it cannot be timed): wrong numbers, or whatever it raises."""
+def _checked(
+    variant: Variant, p: Problem, library: object, layout: str, judges: dict[object, Judge]
+) -> tuple[float, str | None]:
+    """(its largest error, why it cannot be timed): wrong numbers, or whatever it raises.
+
+    ``judges``: of ``p`` in the dtypes and layouts of variants that were checked before.
+    """
+    own = variant.dtype, variant.layout
     try:
-        verdict = judge(variant.problem(p), variant.layout or layout, library)
+        if own not in judges:
+            judges[own] = Judge(variant.problem(p))
+        verdict = judges[own].verdict(variant.layout or layout, library)
     except Exception as error:
         return 0.0, first_line(error)
     if not verdict.passed:
@@ -153,14 +209,14 @@ def _call(p: Problem, library: object, phase: str) -> Callable[[], object]:
 
 
 def table(times: list[NodeTime], title: str) -> Rows:
-    """Milliseconds of each variant, how many times as long each takes as ours, our GB/s and fraction of the copy."""
+    """Milliseconds of each variant, how many times as long each takes as ours, and our speed beside a copy's."""
     variants = list(dict.fromkeys(t.variant for t in times))
     others = [v for v in variants if v != OURS]
     shown = Rows(
         title,
         keys=("batch", "form", "C x H x W", "phase"),
-        values=(*(f"{v} ms" for v in variants), *(f"{v} / ours" for v in others), "GB/s", "of copy"),
-        caption="Medians. GB/s: least bytes of two-phase kernels over our time.",
+        values=(*(f"{v} ms" for v in variants), *(f"{v} / ours" for v in others), "GB/s", "of copy", "passes"),
+        caption="Medians. GB/s: least bytes of two-phase kernels over our time. Passes: our time in those of a copy.",
     )
     rows: dict[tuple[Any, ...], dict[str, NodeTime]] = {}
     for t in times:
@@ -169,7 +225,7 @@ def table(times: list[NodeTime], title: str) -> Rows:
         milliseconds = [f"{row[v].milliseconds:.4f}" if v in row else "" for v in variants]
         ours = row.get(OURS)
         ratios = [f"{row[v].milliseconds / ours.milliseconds:.2f}" if ours and v in row else "" for v in others]
-        bandwidth = [f"{ours.gb_s:.0f}", f"{ours.of_copy:.2f}"] if ours else ["", ""]
+        bandwidth = [f"{ours.gb_s:.0f}", f"{ours.of_copy:.2f}", f"{ours.passes:.1f}"] if ours else ["", "", ""]
         shown.add(str(batch), *names, *milliseconds, *ratios, *bandwidth)
     return shown
 
@@ -178,30 +234,54 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def filtered(args: argparse.Namespace, small: bool) -> Comparison:
-    """From the filters; ``small``: of nodes that Triton's interpreter takes no time for."""
-    nodes = SMALL if small else unique([n for name in args.network or NETWORKS for n in NETWORKS[name]().nodes])
-    return Comparison(
-        nodes=[n for n in nodes if n.form in (args.form or FORMS)],
-        batches=list(args.batch or (SMALL_BATCHES if small else BATCHES)),
-        dtype=DTYPES[args.dtype],
-        layout=args.layout,
-        repetitions=args.repetitions or repetitions(small),
-    )
-
-
-def repetitions(small: bool) -> int:
-    return 5 if small else 30
-
-
-def standard(device: torch.device) -> tuple[str, ...]:
-    """The variants of a comparison that names none; a CPU would compile for minutes, and its noise says nothing."""
-    return STANDARD if device.type == "cuda" else (OURS, EAGER)
+def filtered(args: argparse.Namespace, m: Measuring) -> list[Comparison]:
+    """A comparison for each dtype and layout, from the filters."""
+    found = scope(m)
+    nodes = SMALL if m.small else unique([n for name in args.network or NETWORKS for n in NETWORKS[name]().nodes])
+    if m.device.type == "cpu" and not args.network:
+        nodes = [*nodes, TINY]
+    return [
+        Comparison(
+            nodes=[n for n in nodes if n.form in (args.form or FORMS)],
+            batches=args.batch or found.batches,
+            dtype=DTYPES[dtype],
+            layout=layout,
+            device=m.device,
+            repetitions=args.repetitions or found.repetitions,
+            least_seconds=found.least_seconds,
+            variants=found.variants,
+        )
+        for dtype, layout in product(args.dtype or found.dtypes, args.layout or found.layouts)
+    ]
 
 
 def measure(args: argparse.Namespace, m: Measuring) -> None:
-    """Raises: UsageError for CUDA graphs without a GPU."""
-    if args.cuda_graph and m.device.type != "cuda":
-        raise UsageError("--cuda-graph needs a CUDA GPU, and torch sees none")
-    variants = (OURS, AGAIN, *args.against) if args.against else standard(m.device)
-    time_nodes(replace(filtered(args, m.small), variants=variants, cuda_graph=args.cuda_graph), m)
+    """Raises: UsageError for what the device has not."""
+    on_gpu = m.device.type == "cuda"
+    if args.cuda_graph and not on_gpu:
+        raise UsageError("--cuda-graph needs a CUDA GPU, and this is a CPU")
+    if args.memory and on_gpu:
+        raise UsageError("--memory is of CPUs, and this is a GPU")
+    variants = (OURS, AGAIN, *args.against) if args.against else scope(m).variants
+    comparisons = [replace(c, variants=variants, cuda_graph=args.cuda_graph) for c in filtered(args, m)]
+    # Once kept mapped, memory stays so.
+    for kept in sorted(name == memory.KEPT for name in set(args.memory or scope(m).memories)):
+        if kept and not memory.keep_mapped():
+            m.run.leave_out("memory kept mapped", "the C library of this machine has no such choice")
+            continue
+        if not on_gpu:
+            m.run.note(f"page_faults_{memory.KEPT if kept else memory.DEFAULT}", memory.page_faults())
+        time_nodes([replace(c, kept_mapped=kept) for c in comparisons], m)
+    if not (on_gpu or m.small):
+        try:
+            m.run.add([build_time()])
+        except cpu.UnavailableError as error:
+            m.run.leave_out("first build", first_line(error))
+
+
+def build_time() -> BuildTime:
+    """Into a folder of its own, whatever the cache has."""
+    with TemporaryDirectory() as folder, patch.dict(os.environ, RESFUSED_CACHE=folder):
+        start = perf_counter()
+        cpu.built()
+        return BuildTime([(perf_counter() - start) * 1e3])

@@ -1,35 +1,101 @@
-"""The run without a command on a GPU: the gate, our kernels, ResNet-50's nodes and training step against the others."""
+"""The run without a command: the gate, then ResNet-50's nodes and training step against what one would otherwise use.
+
+What decides most comes first: a lease of a GPU may end, and a CPU's minutes are few. With wrong kernels nothing is timed.
+"""
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from dataclasses import asdict
 
 import torch
-from workloads.gate import every_case, run_gate
-from workloads.nodes import NETWORKS
+from workloads.gate import Verdict, every_case, interpreted_gate, run_gate
+from workloads.interpreter import interpreted
+from workloads.nodes import FORMS, NETWORKS, Node
+from workloads.problems import DTYPES
 
 from measure import network_timing, node_timing
 from measure.kernel_profile import profile_nodes
 from measure.measuring import Measuring
-from measure.network_timing import standard_workload
-from measure.node_timing import BATCHES, SMALL, SMALL_BATCHES, Comparison
+from measure.network_timing import Workload, standard_workload, time_networks
+from measure.node_timing import SMALL, Comparison, time_nodes, unique
+from measure.timing import first_line
+from resfused import backend_for
+
+# Of ResNet-50, in the middle of its sizes, one of each form: channels and height.
+FIRST_ON_A_CPU = tuple(zip(FORMS, (64, 512, 1024), (56, 28, 14), strict=True))
+CPU_REPETITIONS, CPU_BATCH = 3, 8
 
 
-def measure(args: argparse.Namespace, m: Measuring) -> None:
-    """What decides most comes first: a short lease may end before the rest. Nothing is timed with wrong kernels."""
-    verdicts = run_gate(m.device, every_case([torch.bfloat16, torch.float32]), m.console)
-    m.run.note("gate", [{**asdict(v), "passed": v.passed} for v in verdicts])
-    if not all(v.passed for v in verdicts):
-        m.console.print("[red]The kernels are wrong on this machine: nothing was timed.")
-        m.run.leave_out("resfused", "WRONG: see the gate")
-        return
-    nodes = SMALL if m.small else node_timing.unique(NETWORKS["resnet50"]().nodes)
-    for batch in SMALL_BATCHES if m.small else BATCHES:
-        times = node_timing.repetitions(m.small)
-        c = Comparison(nodes, [batch], torch.bfloat16, "channels_last", times)
+def measure(args: Namespace, m: Measuring) -> None:
+    if not _right(m):
+        m.console.print("[red]The kernels are wrong on this machine, or cannot run: nothing was timed.")
+    elif m.device.type == "cuda":
+        _on_a_gpu(m)
+    else:
+        _on_a_cpu(m)
+
+
+def _right(m: Measuring) -> bool:
+    """Of ours, and on a CPU of Triton's kernels, whose place these take, in short."""
+    on_gpu = m.device.type == "cuda"
+    try:
+        backend_for(torch.empty(1, device=m.device))
+    except RuntimeError as error:
+        m.run.leave_out("resfused", first_line(error))
+        return False
+    dtypes = [torch.bfloat16, torch.float32] if on_gpu else DTYPES.values()
+    name = "Triton's kernels" if on_gpu else "The kernels in C++"
+    right = _noted(m, "gate", run_gate(m.device, every_case(dtypes), m.console, name))
+    return right and (on_gpu or _noted(m, "gate_interpreted", interpreted(interpreted_gate)))
+
+
+def _noted(m: Measuring, name: str, verdicts: list[Verdict]) -> bool:
+    m.run.note(name, [{**asdict(v), "passed": v.passed} for v in verdicts])
+    right = all(v.passed for v in verdicts)
+    if not right:
+        m.run.leave_out("resfused", f"WRONG: see the {name.replace('_', ' ')}")
+    return right
+
+
+def _nodes(m: Measuring) -> list[Node]:
+    return SMALL if m.small else unique(NETWORKS["resnet50"]().nodes)
+
+
+def _on_a_gpu(m: Measuring) -> None:
+    found, steps = node_timing.scope(m), network_timing.scope(m)
+    for batch in found.batches:
+        c = Comparison(_nodes(m), [batch], torch.bfloat16, "channels_last", m.device, found.repetitions)
         profile_nodes(c, m, counters=False)
-        node_timing.time_nodes(c, m)
-        if batch in (BATCHES[0], *SMALL_BATCHES):
-            times = network_timing.repetitions(m.small)
-            network_timing.time_networks([standard_workload(m.small)], network_timing.STANDARD, times, m)
+        time_nodes([c], m)
+        if batch == found.batches[0]:
+            time_networks([standard_workload(m)], steps.ways, steps.repetitions, m)
+
+
+def _on_a_cpu(m: Measuring) -> None:
+    """A node of each form in every dtype and layout, then training steps and an inference, then the other nodes for as
+    long as the minutes allow."""
+    first = [n for n in _nodes(m) if m.small or (n.form, n.channels, n.height) in FIRST_ON_A_CPU]
+    others = sorted((n for n in _nodes(m) if n not in first), key=lambda n: n.elements)
+    _time_on_a_cpu(first, m)
+    found = network_timing.scope(m)
+    batch = found.batches[0] if m.small else CPU_BATCH
+    workloads = [
+        Workload(name, mode, batch, network_timing.image_size(name), found.dtypes[0]) for name, mode in found.workloads
+    ]
+    ways = (network_timing.OURS, network_timing.AGAIN, network_timing.EAGER)
+    time_networks(workloads, ways, min(CPU_REPETITIONS, found.repetitions), m)
+    _time_on_a_cpu(others, m)
+
+
+def _time_on_a_cpu(nodes: list[Node], m: Measuring) -> None:
+    found = node_timing.scope(m)
+    settings = [(dtype, layout) for dtype in found.dtypes for layout in found.layouts]
+    time_nodes(
+        [
+            Comparison([node], found.batches, DTYPES[dtype], layout, m.device, CPU_REPETITIONS, variants=found.variants)
+            for node in nodes
+            for dtype, layout in settings
+        ],
+        m,
+    )

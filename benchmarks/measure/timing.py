@@ -1,14 +1,16 @@
 """Time of pieces of work on a device: variants in turn, raw samples in milliseconds, and a copy to compare with.
 
-The variants take turns within a repetition, so that they meet the same clocks; each has several sets of inputs, which
+The variants take turns within a repetition, so that they meet the same clocks, each time in another order, so that none
+always finds the caches as the same other has left them; each has several sets of inputs, which
 rotate where one would stay in the L2 cache; work is queued behind a wait on the GPU, so that it is the GPU that is
-timed and not the host that launches.
+timed and not the host that launches. On a CPU its clock is read before and after.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import count
+from random import Random
 from statistics import median
 from time import monotonic, perf_counter
 
@@ -58,14 +60,21 @@ def rotation(set_bytes: int, repetitions: int, device: torch.device) -> int:
 
 
 def interleaved(
-    calls: dict[str, list[Callable[[], object]]], repetitions: int, device: torch.device
+    calls: dict[str, list[Callable[[], object]]], repetitions: int, device: torch.device, least_seconds: float = 0.0
 ) -> dict[str, list[float]]:
-    """Milliseconds of every repetition; the first ones of each variant warm up and are dropped."""
+    """Milliseconds of every repetition; the first ones of each variant warm up and are dropped.
+
+    There are more repetitions until ``least_seconds`` are over: of calls that take microseconds many are needed.
+    """
     timed: dict[str, list[Callable[[], float]]] = {variant: [] for variant in calls}
     untimed = warm_ups(device)
     turns = count()
-    for repetition in range(untimed + repetitions):
-        for variant, rotated in calls.items():
+    order = Random(0)
+    end = monotonic() + least_seconds
+    for repetition in count():
+        if not calls or (repetition >= untimed + repetitions and monotonic() >= end):
+            break
+        for variant, rotated in order.sample(list(calls.items()), len(calls)):
             # Every call takes the next set, whatever its variant: none finds what the one before has left in the cache.
             elapsed = _timed(rotated[next(turns) % len(rotated)], device)
             if repetition >= untimed:
@@ -116,9 +125,8 @@ def captured(makes: Sequence[Callable[[], Callable[[], object]]], device: torch.
 
 
 def copy_bandwidth(device: torch.device, repetitions: int = 20) -> float:
-    """GB/s of a device-to-device copy of 1 GiB (16 MiB on a CPU), bytes read and written."""
-    size = 2**30 if device.type == "cuda" else 2**24
-    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
-    target = torch.empty_like(source)
+    """GB/s of a copy of 1 GiB on a GPU or of 256 MiB on a CPU, more than its caches hold; bytes read and written."""
+    size = 2**30 if device.type == "cuda" else 2**28
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     samples = interleaved({"copy": [lambda: target.copy_(source)]}, repetitions, device)["copy"]
     return 2 * size / median(samples) / 1e6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,8 +17,7 @@ from console.arguments import UsageError, output_file, output_folder
 from record.environment import environment
 
 FORMAT = 1
-CPU = "CPU"
-CPU_LABEL = "CPU, kernels interpreted: these times say nothing about speed"
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,31 @@ class OfANode(Sampled):
         return self.gb_s / self.copy_gb_s
 
     @property
+    def passes(self) -> float:
+        """Its time in passes of the copy, each of which moves an activation's bytes at the copy's bandwidth."""
+        return self.milliseconds * self.copy_gb_s * 1e6 / (self.elements * ITEM_BYTES[self.dtype])
+
+    @property
     def shape(self) -> str:
         return f"{self.channels}x{self.height}x{self.width}"
+
+    @property
+    def elements(self) -> int:
+        """Of one activation."""
+        return self.batch * self.channels * self.height * self.width
 
 
 @dataclass(frozen=True)
 class NodeTime(OfANode):
     """One phase of one node computed by one variant; ``dtype`` and ``layout`` are those of ours beside it.
 
-    ``error``: the largest of its results, normwise against float64.
+    ``error``: the largest of its results, normwise against float64. ``kept_mapped``: whether freed memory of a CPU was.
     """
 
     variant: str
     cuda_graph: bool
     error: float
+    kept_mapped: bool = False
 
     KIND: ClassVar[str] = "nodes"
 
@@ -91,7 +102,10 @@ class KernelTime(OfANode):
 
 @dataclass(frozen=True)
 class NetworkTime(Sampled):
-    """One step of a whole network. ``error``: of logits and gradients, normwise against ``exact``'s precision."""
+    """One step of a whole network. ``dtype``: autocast's where it is a half precision.
+
+    ``error``: of logits and gradients, normwise against ``exact``'s precision.
+    """
 
     network: str
     mode: str
@@ -100,8 +114,13 @@ class NetworkTime(Sampled):
     variant: str
     peak_bytes: int | None
     error: float
+    dtype: str = "bfloat16"
 
     KIND: ClassVar[str] = "networks"
+
+    @property
+    def workload(self) -> tuple[str, str, int, str]:
+        return self.network, self.mode, self.batch, self.dtype
 
     @property
     def images_s(self) -> float:
@@ -125,29 +144,21 @@ class StepProfile:
 
 
 @dataclass(frozen=True)
-class PassCount:
-    """Passes over memory of ``phase`` of a node of one form, or of a network's norms, additions and ReLUs.
+class BuildTime(Sampled):
+    """From nothing to the compiled library of the kernels for CPUs."""
 
-    Of a node per element of an activation, of a network per normalised element: of the input of one of its norms.
-    """
-
-    what: str
-    phase: str
-    variant: str
-    passes: float
-
-    KIND: ClassVar[str] = "passes"
+    KIND: ClassVar[str] = "builds"
 
 
-Measurement = NodeTime | KernelTime | NetworkTime | StepProfile | PassCount
-_KINDS: dict[str, type[Measurement]] = {t.KIND: t for t in (NodeTime, KernelTime, NetworkTime, StepProfile, PassCount)}
+Measurement = NodeTime | KernelTime | NetworkTime | StepProfile | BuildTime
+_KINDS: dict[str, type[Measurement]] = {t.KIND: t for t in (NodeTime, KernelTime, NetworkTime, StepProfile, BuildTime)}
 # What says which measurement it is; of two alike the later one counts.
 _MEASURED = {
     "samples_ms", "least_bytes", "copy_gb_s", "error", "dram_bytes", "peak_bytes",
-    "span_ms", "idle_ms", "kinds_ms", "longest", "passes",
+    "span_ms", "idle_ms", "kinds_ms", "longest",
 }  # fmt: skip
 # Of an environment, by what is made of it.
-_NEEDED = ("time", "gpu", "driver", "torch", "triton", "commit")
+_NEEDED = ("time", "gpu", "driver", "processor", "threads", "torch", "triton", "commit")
 M = TypeVar("M", bound=Measurement)
 
 
@@ -159,16 +170,16 @@ class Run:
     """One call of the command, written into its file after every measurement, so that one that is cut off counts too.
 
     Raises: UsageError, before anything is changed, where the file cannot be written, is no result file or is of
-    another GPU.
+    another machine.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
+    def __init__(self, path: Path, settings: dict[str, Any], device: str = "cuda"):
         self.path = output_file(path)
         # It is replaced by one that is written beside it.
         output_folder(path.parent)
         self._before = _runs(path) if path.exists() else []
         self._content: dict[str, Any] = {
-            "environment": environment(),
+            "environment": environment(device),
             "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
             **{kind: [] for kind in _KINDS},
             "left_out": [],
@@ -199,6 +210,10 @@ class Run:
         self._save()
 
     @property
+    def environment(self) -> dict[str, Any]:
+        return dict(self._content["environment"])
+
+    @property
     def left_out(self) -> list[tuple[str, str]]:
         return [(entry["what"], entry["reason"]) for entry in self._content["left_out"]]
 
@@ -220,6 +235,10 @@ class Results:
     environments: list[dict[str, Any]]
     measurements: list[Measurement]
     stem: Path
+
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.environments[-1]["gpu"])
 
     def of(self, kind: type[M]) -> list[M]:
         return [m for m in self.measurements if isinstance(m, kind)]
@@ -255,17 +274,17 @@ def _stems(files: dict[str, list[Path]]) -> dict[str, Path]:
 
 
 def machine(made: dict[str, Any]) -> str:
-    """The GPU's name of an environment."""
-    return made["gpu"] or CPU
+    """The name of an environment's GPU, or of its processor with the threads: with others it is another machine."""
+    return made["gpu"] or f"{made['processor']}, {made['threads']} threads"
 
 
 def slug(name: str) -> str:
     """A machine's name in file names: ``nvidia-h200``."""
-    return name.lower().replace(" ", "-")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def default_path() -> Path:
-    return Path("results") / f"{slug(machine(environment()))}.json"
+def default_path(device: str) -> Path:
+    return Path("results") / f"{slug(machine(environment(device)))}.json"
 
 
 def write_csv(results: Results, stem: Path) -> list[Path]:
@@ -286,7 +305,7 @@ def _row(m: Sampled) -> dict[str, Any]:
     row = {f.name: getattr(m, f.name) for f in fields(m) if f.name != "samples_ms"}
     row |= {"p20_ms": m.quantile(20), "median_ms": m.milliseconds, "p80_ms": m.quantile(80)}
     if isinstance(m, OfANode):
-        row |= {"gb_s": m.gb_s, "of_copy": m.of_copy}
+        row |= {"gb_s": m.gb_s, "of_copy": m.of_copy, "passes": m.passes}
     if isinstance(m, NetworkTime):
         row |= {"images_s": m.images_s}
     return row

@@ -12,8 +12,6 @@ from console.arguments import output_folder
 from console.rows import Rows
 from measure import kernel_profile, network_timing, node_timing, variants
 from record.results import (
-    CPU,
-    CPU_LABEL,
     KernelTime,
     NetworkTime,
     NodeTime,
@@ -26,37 +24,49 @@ from record.results import (
 from rich.console import Console
 from workloads.passes import BOTH
 
-from report import goals
-from report.goals import GOALS, geometric_mean, ratios
+from report import cpu_goals, gains, goals
+from report.goals import geometric_mean, ratios
 from report.plots import write_plots
 
+TINY = f"{node_timing.TINY.channels}x{node_timing.TINY.height}x{node_timing.TINY.width}"
 RECORD = Path(__file__).parent.parent / "results"
-BEGIN = "<!-- made by: python benchmarks/run.py report --readme README.md -->"
-END = "<!-- end of what report made -->"
+# The README's parts that are made here: what it opens with, and what it says of speed.
+OPENING, SPEED = PARTS = ("the opening", "speed")
+
+
+def begin(part: str) -> str:
+    return f"<!-- {part}, made by: python benchmarks/run.py report --readme README.md -->"
+
+
+def end(part: str) -> str:
+    return f"<!-- end of {part} -->"
 
 
 def record() -> list[Path]:
-    """The result files of GPUs that the repository carries."""
-    return sorted(RECORD.glob("nvidia-*.json"))
+    """The result files that the repository carries."""
+    return sorted(path for path in RECORD.glob("*.json") if path.read_bytes().startswith(b'{"format"'))
 
 
 def show(results: Results, console: Console) -> None:
     """Every table of what was measured."""
-    title = CPU_LABEL if results.machine == CPU else results.machine
+    title = results.machine
     times = results.of(NodeTime)
-    for key in dict.fromkeys((t.dtype, t.layout, t.cuda_graph) for t in times):
-        of_key = [t for t in times if (t.dtype, t.layout, t.cuda_graph) == key]
-        dtype, layout, cuda_graph = key
-        graphs = ", in CUDA graphs" if cuda_graph else ""
-        console.print(node_timing.table(of_key, f"Nodes, {dtype} {layout}{graphs} ({title})"))
+    for key in dict.fromkeys(map(_setting, times)):
+        of_key = [t for t in times if _setting(t) == key]
+        console.print(node_timing.table(of_key, f"Nodes, {node_timing.setting(*key)} ({title})"))
     if networks := results.of(NetworkTime):
         console.print(network_timing.table(networks, f"Networks, one step ({title})"))
     if kernels := results.of(KernelTime):
         console.print(kernel_profile.kernel_table(kernels, f"Our streaming kernels ({title})"))
     if steps := results.of(StepProfile):
         console.print(kernel_profile.step_table(steps, f"A training step by kind of kernel, milliseconds ({title})"))
-    if results.machine != CPU:
-        console.print(_goal_table(results))
+    console.print(_goal_table(results))
+    if not results.on_gpu and (headline := gains.headline(results)):
+        console.print(f"[bold]{headline}", soft_wrap=True, highlight=False)
+
+
+def _setting(t: NodeTime) -> tuple[str, str, bool, bool]:
+    return t.dtype, t.layout, t.cuda_graph, t.kept_mapped
 
 
 def write(results: Results, folder: Path | None = None) -> list[Path]:
@@ -67,64 +77,85 @@ def write(results: Results, folder: Path | None = None) -> list[Path]:
 
 
 def _goal_table(results: Results) -> Rows:
-    title = f"Goals on an {goals.GPU}, and what an {results.machine} reached"
-    table = Rows(title, keys=("figure", "goal", "reached", "met"))
-    for goal in GOALS:
+    machine, wanted = (goals.GPU, goals.GOALS) if results.on_gpu else (cpu_goals.MACHINE, cpu_goals.GOALS)
+    table = Rows(f"Goals on {machine}, and what {results.machine} reached", keys=("figure", "goal", "reached", "met"))
+    for goal in wanted:
         table.add(*goals.row(goal, results))
     return table
 
 
-def markdown(by_machine: dict[str, Results], plots: Mapping[str, Sequence[Path]], root: Path) -> str:
-    """What the README says of measurements: the goals, and of every GPU its networks and nodes, with the plots."""
-    parts = [_goals(by_machine)]
-    for machine, results in by_machine.items():
-        parts += [_provenance(results), _networks(results), _nodes(results)]
-        parts += [f"![{p.stem}]({Path(os.path.relpath(p, root)).as_posix()})" for p in plots[machine]]
-    return "\n\n".join(part for part in parts if part)
+def markdown(by_machine: dict[str, Results], plots: Mapping[str, Sequence[Path]], root: Path) -> dict[str, str]:
+    """What the README says of measurements, by part: the gains on CPUs with their picture; then the goals, and of every
+    machine its networks and nodes, of a GPU with the plots."""
+    opening, speed = [], []
+    cpus = {name: results for name, results in by_machine.items() if not results.on_gpu}
+    gpus = {name: results for name, results in by_machine.items() if results.on_gpu}
+    for machine, results in cpus.items():
+        opening += [_picture(p, root) for p in plots[machine] if p.stem.endswith("-gains")]
+        opening.append(gains.headline(results))
+    for of_kind, machine, wanted in ((cpus, cpu_goals.MACHINE, cpu_goals.GOALS), (gpus, goals.GPU, goals.GOALS)):
+        speed.append(_goals(of_kind, machine, wanted))
+        for name, results in of_kind.items():
+            speed += [_provenance(results), _networks(results), _nodes(results)]
+            speed += [_picture(p, root) for p in plots[name] if results.on_gpu]
+    return {
+        OPENING: "\n\n".join(filter(None, opening)) or "No CPU has been measured yet.",
+        SPEED: "\n\n".join(filter(None, speed)),
+    }
 
 
-def put_into(readme: Path, text: str) -> None:
-    """Replaces what stands between the markers. Raises: ResultError where they are not there."""
-    before, after = around(readme)
-    readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+def _picture(path: Path, root: Path) -> str:
+    return f"![{path.stem}]({Path(os.path.relpath(path, root)).as_posix()})"
 
 
-def around(readme: Path) -> tuple[str, str]:
-    """What stands before and after the markers. Raises: ResultError where they are not there."""
+def put_into(readme: Path, texts: Mapping[str, str]) -> None:
+    """Replaces what stands between the markers of each part. Raises: ResultError where they are not there."""
+    text = checked(readme)
+    for part, of_it in texts.items():
+        before, _, rest = text.partition(begin(part))
+        text = f"{before}{begin(part)}\n\n{of_it}\n\n{end(part)}{rest.partition(end(part))[2]}"
+    readme.write_text(text)
+
+
+def checked(readme: Path) -> str:
+    """Its text. Raises: ResultError where it has not the markers of every part."""
     try:
-        before, begin, rest = readme.read_text().partition(BEGIN)
+        text = readme.read_text()
     except (OSError, ValueError) as error:
         raise ResultError(f"--readme {readme} cannot be read: {error}") from error
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ResultError(f"{readme} has no lines {BEGIN!r} and {END!r} for the tables to stand between")
-    return before, after
+    for part in PARTS:
+        if end(part) not in text.partition(begin(part))[2]:
+            raise ResultError(
+                f"{readme} has no lines {begin(part)!r} and {end(part)!r} for the tables to stand between"
+            )
+    return text
 
 
-def _goals(by_machine: dict[str, Results]) -> str:
-    """The goals as reached on the GPU they are set for, else on the first there is."""
-    results = by_machine.get(goals.GPU, next(iter(by_machine.values()), None))
+def _goals(by_machine: dict[str, Results], machine: str, wanted: Iterable[goals.Goal]) -> str:
+    """The goals as reached on the machine they are set for, else on the first there is."""
+    results = by_machine.get(machine, next(iter(by_machine.values()), None))
     reached = f"reached on {results.machine}" if results else "reached"
-    return _table(["on an H200", "goal", reached, "met"], (goals.row(goal, results) for goal in GOALS))
+    return _table([f"on {machine}", "goal", reached, "met"], (goals.row(goal, results) for goal in wanted))
 
 
 def _provenance(results: Results) -> str:
-    def all_of(name: str) -> str:
-        return ", ".join(dict.fromkeys(str(made[name]) for made in results.environments))
+    def all_of(*names: str) -> str:
+        found = [f"{name.replace('_', ' ')} {made.get(name)}" for name in names for made in results.environments]
+        return ", ".join(dict.fromkeys(found))
 
-    return (
-        f"{results.machine}, driver {all_of('driver')}, torch {all_of('torch')}, triton {all_of('triton')}; "
-        f"commit {all_of('commit')}."
-    )
+    last = results.environments[-1]
+    caches = ", ".join(f"{size} of L{kind}" for kind, size in (last.get("caches") or {}).items())
+    own = all_of("driver") if results.on_gpu else f"{all_of('cores', 'instruction_set', 'compiler')}; {caches}"
+    return f"{results.machine}; {own}; {all_of('torch', 'triton', 'commit')}."
 
 
 def _networks(results: Results) -> str:
     times = results.of(NetworkTime)
-    eager = {(t.network, t.mode, t.batch): t.milliseconds for t in times if t.variant == network_timing.EAGER}
+    eager = {t.workload: t.milliseconds for t in times if t.variant == network_timing.EAGER}
     rows = [
         (
-            f"{t.network} {t.mode}", str(t.batch), t.variant, f"{t.images_s:,.0f}",
-            f"{eager[key] / t.milliseconds:.2f}" if (key := (t.network, t.mode, t.batch)) in eager else "",
+            f"{t.network} {t.mode}, {t.dtype}", str(t.batch), t.variant, f"{t.images_s:,.{0 if t.images_s > 100 else 1}f}",
+            f"{eager[t.workload] / t.milliseconds:.2f}" if t.workload in eager else "",
             f"{t.peak_bytes / 1e9:.1f}" if t.peak_bytes else "",
         )
         for t in times
@@ -134,17 +165,17 @@ def _networks(results: Results) -> str:
 
 def _nodes(results: Results) -> str:
     """Geometric means over the nodes of each setting."""
-    times = [t for t in results.of(NodeTime) if t.phase == BOTH]
+    times = [t for t in results.of(NodeTime) if t.phase == BOTH and t.shape != TINY]
     rows = []
-    for key in dict.fromkeys((t.dtype, t.layout, t.batch, t.cuda_graph) for t in times):
-        of_key = [t for t in times if (t.dtype, t.layout, t.batch, t.cuda_graph) == key]
-        dtype, layout, batch, cuda_graph = key
-        setting = f"{dtype} {layout}" + (", CUDA graphs" if cuda_graph else "")
+    for key in dict.fromkeys((t.batch, _setting(t)) for t in times):
+        of_key = [t for t in times if (t.batch, _setting(t)) == key]
+        batch, setting = key
         for other in dict.fromkeys(t.variant for t in of_key if t.variant != variants.OURS):
             found = ratios(of_key, other).values()
             mean = geometric_mean(found)
             if mean is not None:
-                rows.append((setting, str(batch), other, str(len(found)), f"{mean:.2f}", f"{min(found):.2f}"))
+                words = node_timing.setting(*setting)
+                rows.append((words, str(batch), other, str(len(found)), f"{mean:.2f}", f"{min(found):.2f}"))
     headers = ["nodes, forward + backward", "batch", "against", "nodes", "geometric mean, times as fast", "least"]
     return _table(headers, rows) if rows else ""
 
@@ -159,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     by_machine = load(args.files or record())
     if args.readme:
-        around(args.readme)
+        checked(args.readme)
     for results in by_machine.values():
         output_folder(args.output or results.stem.parent)
     written = {}
@@ -167,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
         show(results, console)
         written[machine] = write(results, args.output)
     if not by_machine:
-        console.print("no GPU has been measured yet: benchmarks/results/ has no result file")
+        console.print("nothing has been measured yet: benchmarks/results/ has no result file")
     for path in itertools.chain(*written.values()):
         console.print(f"wrote {path}", soft_wrap=True)
     if args.readme:

@@ -1,4 +1,4 @@
-"""Plots of a result file, one PNG each: what was timed of nodes, kernels and networks, and passes over memory."""
+"""Plots of a result file, one PNG each: what was timed of nodes, kernels and networks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import matplotlib
 from measure import network_timing as networks
 from measure import variants as nodes
-from record.results import CPU, CPU_LABEL, KernelTime, NetworkTime, NodeTime, OfANode, PassCount, Results
+from record.results import KernelTime, NetworkTime, NodeTime, OfANode, Results
 from workloads.passes import BOTH, PHASES
 
+from report import gains
 from report.goals import ratios
 
 matplotlib.use("Agg")
@@ -25,17 +26,9 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F
 
 
 def write_plots(results: Results, stem: Path) -> list[Path]:
-    """``<stem>-speedup-batch-256.png`` and so on, of what was measured."""
-    label = CPU_LABEL if results.machine == CPU else results.machine
-    paths = [_save(draw(), results.environments[-1], label, stem, name) for name, draw in _plots(results)]
-    counts = results.of(PassCount)
-    return paths + ([write_passes(counts, results.environments[-1], stem)] if counts else [])
-
-
-def write_passes(counts: list[PassCount], versions: dict[str, Any], stem: Path) -> Path:
-    """``<stem>-passes.png``: passes over memory, which are those of any machine."""
-    label = "bfloat16, batch 256; ours counted from the kernels' loads and stores, eager's by a model of its operators"
-    return _save(_passes(counts), versions, label, stem, "passes")
+    """``<stem>-speedup-batch-256.png`` and so on, of what was measured; on a CPU ``<stem>-gains.png`` first."""
+    drawn = _plots(results) if results.on_gpu else _plots_of_a_cpu(results)
+    return [_save(draw(), results.environments[-1], results.machine, stem, name) for name, draw in drawn]
 
 
 def _save(figure: Any, versions: dict[str, Any], label: str, stem: Path, name: str) -> Path:
@@ -59,12 +52,20 @@ def _plots(results: Results) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "memory", lambda: _networks(with_memory, "peak memory of a step, GB", lambda t: (t.peak_bytes or 0) / 1e9)
 
 
+def _plots_of_a_cpu(results: Results) -> Iterator[tuple[str, Callable[[], Any]]]:
+    if gains.of_nodes(results):
+        yield "gains", partial(gains.draw, results)
+    for setting, times in _by_setting(results.of(NodeTime)).items():
+        yield f"speedup-{_slug(setting)}", partial(_speedup, times, setting)
+
+
 def _by_setting(times: list[T]) -> dict[str, list[T]]:
-    """By dtype, layout, batch, and whether CUDA graphs were timed, in words."""
+    """By dtype, layout, batch, CUDA graphs and memory, in words."""
     found: dict[str, list[T]] = {}
     for t in times:
         graphs = ", CUDA graphs" if isinstance(t, NodeTime) and t.cuda_graph else ""
-        found.setdefault(f"{t.dtype} {t.layout}, batch {t.batch}{graphs}", []).append(t)
+        kept = ", memory kept mapped" if isinstance(t, NodeTime) and t.kept_mapped else ""
+        found.setdefault(f"{t.dtype} {t.layout}, batch {t.batch}{graphs}{kept}", []).append(t)
     return found
 
 
@@ -125,14 +126,14 @@ def _dots(points: list[tuple[str, str, float]], series: Sequence[str], title: st
 
 def _networks(times: list[NetworkTime], what: str, value: Callable[[NetworkTime], float]) -> Any:
     """A panel for each workload, a bar for each variant."""
-    workloads = list(dict.fromkeys((t.network, t.mode, t.batch) for t in times))
-    bars = max(sum((t.network, t.mode, t.batch) == w for t in times) for w in workloads)
+    workloads = list(dict.fromkeys(t.workload for t in times))
+    bars = max(sum(t.workload == w for t in times) for w in workloads)
     figure, panels = plt.subplots(
         len(workloads), figsize=(8, (0.28 * bars + 0.7) * len(workloads) + 0.3), squeeze=False, layout="constrained"
     )
     for workload, axes in zip(workloads, panels[:, 0], strict=True):
-        network, mode, batch = workload
-        of_it = [t for t in times if (t.network, t.mode, t.batch) == workload]
+        network, mode, batch, dtype = workload
+        of_it = [t for t in times if t.workload == workload]
         colours = [
             COLOURS[0] if t.variant in networks.WAYS and networks.WAYS[t.variant].fused else "0.7" for t in of_it
         ]
@@ -140,58 +141,10 @@ def _networks(times: list[NetworkTime], what: str, value: Callable[[NetworkTime]
         axes.bar_label(drawn, fmt="%.4g", padding=3, fontsize=8)
         axes.invert_yaxis()
         axes.margins(x=0.12)
-        axes.set_title(f"{network} {mode}, batch {batch}: {what}", loc="left", fontsize=10)
+        axes.set_title(f"{network} {mode}, batch {batch}, {dtype}: {what}", loc="left", fontsize=10)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def _passes(counts: list[PassCount]) -> Any:
-    """A panel for each form of node and one for the networks, a bar for each variant."""
-    panels: dict[str, dict[str, list[PassCount]]] = {}
-    for c in counts:
-        of_a_node = c.phase in PHASES
-        panel, group = (c.what, c.phase) if of_a_node else (f"{c.phase}, per normalised element", c.what)
-        panels.setdefault(panel, {}).setdefault(group, []).append(c)
-    figure, axes = plt.subplots(2, 2, figsize=(10.5, 6), sharex=True, layout="constrained")
-    for panel, (title, groups) in zip(axes.flat, panels.items(), strict=True):
-        _pass_bars(panel, groups)
-        panel.set_title(title, loc="left", fontsize=10)
-    for panel in axes[1]:
-        panel.set_xlabel("passes over memory: one reads or writes one activation once", fontsize=8)
-    figure.suptitle(_fewer(counts), x=0.01, ha="left", fontsize=12, fontweight="bold")
-    # Where bars are short.
-    axes[0, 0].legend(loc="upper right", fontsize=9, frameon=False)
-    return figure
-
-
-def _pass_bars(axes: Any, groups: dict[str, list[PassCount]]) -> None:
-    """Of each group a bar for each variant, with its figure and how many times fewer it is than the first's."""
-    variants = list(dict.fromkeys(c.variant for group in groups.values() for c in group))
-    middles = [i * (len(variants) + 1) + (len(variants) - 1) / 2 for i in range(len(groups))]
-    for i, (variant, colour) in enumerate(zip(variants, ("0.7", COLOURS[0], COLOURS[5]), strict=True)):
-        places = [middle - (len(variants) - 1) / 2 + i for middle in middles]
-        passes = [group[i].passes for group in groups.values()]
-        fewer = [group[0].passes / group[i].passes for group in groups.values()]
-        drawn = axes.barh(places, passes, height=0.85, color=colour, label=variant)
-        texts = [f"{p:.2f}" + (f"  ({f:.1f} times fewer)" if i else "") for p, f in zip(passes, fewer, strict=True)]
-        axes.bar_label(drawn, texts, padding=3, fontsize=8)
-    axes.set_yticks(middles, groups, fontsize=9)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.tick_params(labelsize=8, labelbottom=True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _fewer(counts: list[PassCount]) -> str:
-    """What was found of the last network."""
-    network = counts[-1].what
-    eager, *ours = [c.passes for c in counts if c.what == network]
-    times = [f"{eager / passes:.1f}" for passes in ours]
-    return (
-        f"{network}: norms, additions and ReLUs of a training step move {times[0]} times less memory than in eager,\n"
-        f"{times[1]} times less with one launch a direction"
-    )
 
 
 def _label(form: str, shape: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import cycle, product
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from resfused import backend_for, functional, reference
+from resfused import backend_for, functional, reference, use_backend
 from workloads.nodes import FORMS
 from workloads.problems import DTYPES, LAYOUTS, Problem, Shape, problem
 
@@ -27,6 +27,7 @@ LEAST_OF_OTHERS = {dtype: 10 * least for dtype, least in LEAST.items()}
 # (N, C, H, W): each has a ragged tile in some axis; together they fit the interpreter in seconds.
 SHAPES: tuple[Shape, ...] = ((4, 64, 8, 8), (2, 130, 7, 7))
 SMALL_SHAPES: tuple[Shape, ...] = (SHAPES[0], (2, 130, 3, 3), (3, 24, 5, 3))
+SHORT_STEP = 5
 # The last whatever the launch table says; the others as it says.
 EVAL, TRAINING, ONE_LAUNCH = MODES = ("eval", "training", "training, one launch")
 
@@ -39,14 +40,15 @@ class Case(NamedTuple):
     shape: Shape
 
 
-def every_case(dtypes: Sequence[torch.dtype]) -> list[Case]:
+def every_case(dtypes: Iterable[torch.dtype]) -> list[Case]:
     """As the launch table says that they are launched."""
     return list(map(Case._make, product(FORMS, LAYOUTS, dtypes, (TRAINING, EVAL), SHAPES)))
 
 
-def covering_cases() -> list[Case]:
-    """Every form, mode, layout and dtype together, small shapes in turn: of any two of these, each value meets each."""
-    cases = zip(product(FORMS, MODES, LAYOUTS, DTYPES.values()), cycle(SMALL_SHAPES), strict=False)
+def short_cases() -> list[Case]:
+    """For Triton's interpreter, of all together so few that every form still meets every mode, dtype and layout."""
+    every = list(product(FORMS, MODES, LAYOUTS, DTYPES.values()))
+    cases = zip(every[::SHORT_STEP], cycle(SMALL_SHAPES), strict=False)
     return [Case(form, layout, dtype, mode, shape) for (form, mode, layout, dtype), shape in cases]
 
 
@@ -76,34 +78,43 @@ class Verdict:
         )
 
 
-def judge(p: Problem, layout: str, library: object = functional) -> Verdict:
-    """A library, ours or another, and eager against float64 on the same inputs: output, gradients, running statistics.
+class Judge:
+    """What a problem's output, gradients and running statistics are in float64, and how far off them eager's are."""
 
-    Raises: RuntimeError where ours would not run the kernels.
-    """
-    x = p.activations[0]
-    if library is functional and backend_for(x) == "torch":
-        raise RuntimeError(f"the gate judges the kernels, and a tensor on {x.device} does not take them")
-    exact = p.copy(torch.float64).results(reference)
-    ours, eager = p.copy().results(library), p.copy().results(reference)
-    least = LEAST if library is functional else LEAST_OF_OTHERS
+    def __init__(self, p: Problem):
+        self._problem = p
+        self._exact = p.copy(torch.float64).results(reference)
+        self._eager = self._errors(reference)
 
-    def verdict(name: str) -> Verdict:
-        eager_error = relative_error(eager[name], exact[name])
-        limit = max(FACTOR * eager_error, least[x.dtype])
-        dtype = str(x.dtype).removeprefix("torch.")
-        error = relative_error(ours[name], exact[name])
-        mode = TRAINING if p.training else EVAL
-        return Verdict(p.form, layout, dtype, tuple(x.shape), mode, name, error, eager_error, limit)
+    def verdict(self, layout: str, library: object = functional) -> Verdict:
+        """Of a library, ours or another, on the same inputs. Raises: RuntimeError where ours would not run kernels."""
+        p, x = self._problem, self._problem.activations[0]
+        if library is functional and backend_for(x) == "torch":
+            raise RuntimeError(f"the gate judges the kernels, and a tensor on {x.device} does not take them")
+        least = (LEAST if library is functional else LEAST_OF_OTHERS)[x.dtype]
+        errors = self._errors(library)
+        limits = {name: max(FACTOR * error, least) for name, error in self._eager.items()}
+        worst = max(errors, key=lambda name: errors[name] / limits[name])
+        return Verdict(
+            p.form, layout, str(x.dtype).removeprefix("torch."), tuple(x.shape), TRAINING if p.training else EVAL,
+            worst, errors[worst], self._eager[worst], limits[worst],
+        )  # fmt: skip
 
-    return max(map(verdict, exact), key=lambda v: v.error / v.limit)
+    def _errors(self, library: object) -> dict[str, float]:
+        results = self._problem.copy().results(library)
+        return {name: relative_error(results[name], exact) for name, exact in self._exact.items()}
 
 
-def run_gate(device: torch.device, cases: Sequence[Case], console: Console) -> list[Verdict]:
-    """A verdict for every case, printed as a table, and a line for each that is wrong."""
+def judge(p: Problem, layout: str) -> Verdict:
+    """Of ours on one problem."""
+    return Judge(p).verdict(layout)
+
+
+def run_gate(device: torch.device, cases: Sequence[Case], console: Console, kernels: str) -> list[Verdict]:
+    """A verdict for every case, printed as a table of ``kernels``, and a line for each that is wrong."""
     torch.manual_seed(0)
-    verdicts = [_verdict(case, device) for case in track(cases, "Correctness", console)]
-    console.print(_table(verdicts))
+    verdicts = [_verdict(case, device) for case in track(cases, f"Correctness of {kernels}", console)]
+    console.print(_table(verdicts, kernels))
     for v in verdicts:
         if not v.passed:
             console.print(f"[red]WRONG[/]: {v}", soft_wrap=True, highlight=False)
@@ -123,9 +134,16 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def _table(verdicts: list[Verdict]) -> Table:
+def interpreted_gate() -> list[Verdict]:
+    """In short, of Triton's kernels on this process's CPU."""
+    torch.set_num_threads(1)
+    with use_backend("triton"):
+        return run_gate(torch.device("cpu"), short_cases(), Console(), "Triton's kernels, interpreted")
+
+
+def _table(verdicts: list[Verdict], kernels: str) -> Table:
     """Of each form and dtype how many are right, and the errors of the one that is nearest to its limit."""
-    table = Table(title="Correctness: relative errors against float64, the nearest to its limit")
+    table = Table(title=f"{kernels}: errors against float64, nearest to its limit")
     for header in ("form", "dtype"):
         table.add_column(header, no_wrap=True)
     for header in ("right", "ours", "eager", "limit"):

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import multiprocessing
+import os
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+T = TypeVar("T")
 
 
 class _Kept:
@@ -41,3 +47,10 @@ def keep_patches() -> bool:
 
     interpreter._patch_lang = patch_once
     return True
+
+
+def interpreted(work: Callable[[], T]) -> T:
+    """What ``work`` returns in a process of its own, in which Triton's kernels are interpreted."""
+    context = multiprocessing.get_context("spawn")
+    with patch.dict(os.environ, TRITON_INTERPRET="1"), ProcessPoolExecutor(1, context, keep_patches) as pool:
+        return pool.submit(work).result()
