@@ -25,8 +25,10 @@ def keep_mapped() -> bool:
 
 
 def page_faults() -> int:
-    """Of a tensor of ``WATCHED_BYTES`` that is allocated and written, where one like it has been freed before."""
-    for _ in range(2):
+    """Of a tensor of ``WATCHED_BYTES`` that is allocated and written, the least of some: the first look for a place."""
+    found = []
+    for _ in range(8):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(WATCHED_BYTES, dtype=torch.uint8)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return min(found)

@@ -1,6 +1,7 @@
 """The run without a command: the gate, then ResNet-50's nodes and training step against what one would otherwise use.
 
-What decides most comes first: a lease of a GPU may end, and a CPU's minutes are few. With wrong kernels nothing is timed.
+What decides most comes first: a lease of a GPU may end, and a CPU's minutes are few. With wrong kernels nothing is
+timed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from resfused import backend_for
 
 # Of ResNet-50, in the middle of its sizes, one of each form: channels and height.
 FIRST_ON_A_CPU = tuple(zip(FORMS, (64, 512, 1024), (56, 28, 14), strict=True))
-CPU_REPETITIONS, CPU_BATCH = 3, 8
+NODE_REPETITIONS, STEP_REPETITIONS, STEP_BATCH = 5, 3, 8
 
 
 def measure(args: Namespace, m: Measuring) -> None:
@@ -79,12 +80,12 @@ def _on_a_cpu(m: Measuring) -> None:
     others = sorted((n for n in _nodes(m) if n not in first), key=lambda n: n.elements)
     _time_on_a_cpu(first, m)
     found = network_timing.scope(m)
-    batch = found.batches[0] if m.small else CPU_BATCH
+    batch = found.batches[0] if m.small else STEP_BATCH
     workloads = [
         Workload(name, mode, batch, network_timing.image_size(name), found.dtypes[0]) for name, mode in found.workloads
     ]
     ways = (network_timing.OURS, network_timing.AGAIN, network_timing.EAGER)
-    time_networks(workloads, ways, min(CPU_REPETITIONS, found.repetitions), m)
+    time_networks(workloads, ways, min(STEP_REPETITIONS, found.repetitions), m)
     _time_on_a_cpu(others, m)
 
 
@@ -93,7 +94,9 @@ def _time_on_a_cpu(nodes: list[Node], m: Measuring) -> None:
     settings = [(dtype, layout) for dtype in found.dtypes for layout in found.layouts]
     time_nodes(
         [
-            Comparison([node], found.batches, DTYPES[dtype], layout, m.device, CPU_REPETITIONS, variants=found.variants)
+            Comparison(
+                [node], found.batches, DTYPES[dtype], layout, m.device, NODE_REPETITIONS, variants=found.variants
+            )
             for node in nodes
             for dtype, layout in settings
         ],

@@ -36,7 +36,11 @@ class Variant:
         return same_precision and not (self.departs and (dtype == self.dtype or layout == self.layout))
 
     def problem(self, p: Problem) -> Problem:
-        """``p`` itself, or its tensors in the dtype and layout of this variant."""
+        """``p``, in the dtype and layout of this variant, with running statistics of its own.
+
+        Eager's backward holds on to them, and refuses what another variant's forward has changed.
+        """
+        p = replace(p, running=[r.clone() for r in p.running])
         if self.dtype is None and self.layout is None:
             return p
         dtype = self.dtype or p.dy.dtype

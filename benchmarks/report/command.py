@@ -125,9 +125,7 @@ def checked(readme: Path) -> str:
         raise ResultError(f"--readme {readme} cannot be read: {error}") from error
     for part in PARTS:
         if end(part) not in text.partition(begin(part))[2]:
-            raise ResultError(
-                f"{readme} has no lines {begin(part)!r} and {end(part)!r} for the tables to stand between"
-            )
+            raise ResultError(f"{readme} has no lines {begin(part)} and {end(part)} for the tables to stand between")
     return text
 
 
@@ -154,13 +152,17 @@ def _networks(results: Results) -> str:
     eager = {t.workload: t.milliseconds for t in times if t.variant == network_timing.EAGER}
     rows = [
         (
-            f"{t.network} {t.mode}, {t.dtype}", str(t.batch), t.variant, f"{t.images_s:,.{0 if t.images_s > 100 else 1}f}",
+            f"{t.network} {t.mode}, {t.dtype}", str(t.batch), t.variant, _images(t),
             f"{eager[t.workload] / t.milliseconds:.2f}" if t.workload in eager else "",
             f"{t.peak_bytes / 1e9:.1f}" if t.peak_bytes else "",
         )
         for t in times
     ]  # fmt: skip
     return _table(["network", "batch", "variant", "images/s", "x eager", "peak GB"], rows) if rows else ""
+
+
+def _images(t: NetworkTime) -> str:
+    return f"{t.images_s:,.0f}" if t.images_s >= 100 else f"{t.images_s:.1f}"
 
 
 def _nodes(results: Results) -> str:

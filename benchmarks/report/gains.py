@@ -45,13 +45,13 @@ def draw(results: Results) -> Any:
     labels = list(dict.fromkeys(f"{t.form}  {t.shape}" for times in by_setting.values() for t in times))
     heights = [0.24 * len(labels) + 1.0, 0.2 * sum(len(of) + 1 for of in steps.values()) + 0.6]
     figure = plt.figure(figsize=(10.5, sum(heights[: 1 + bool(steps)]) + 0.5), layout="constrained")
-    figure.suptitle(f"{headline(results)}\n{results.machine}", x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(headline(results).replace(": ", ":\n"), x=0.01, ha="left", fontsize=11, fontweight="bold")
     grid = figure.add_gridspec(1 + bool(steps), len(by_setting), height_ratios=heights[: 1 + bool(steps)])
     panels = grid[0, :].subgridspec(1, len(by_setting)).subplots(sharex=True, sharey=True, squeeze=False)[0]
     for axes, (setting, times) in zip(panels, by_setting.items(), strict=True):
         _node_panel(axes, times, labels)
         axes.set_title(" ".join(setting), loc="left", fontsize=10)
-    panels[0].legend(fontsize=8, loc="lower right", frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="upper right", frameon=False)
     if steps:
         _step_panel(figure.add_subplot(grid[1, :]), steps)
     return figure

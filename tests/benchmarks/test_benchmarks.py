@@ -1,62 +1,97 @@
-"""The benchmark command without a GPU as a user runs it, and its gate."""
+"""The benchmark command without a GPU as a user runs it, and its gates."""
 
 import json
+import os
 import subprocess
 import sys
 from itertools import combinations, product
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from count.recorder import record
-from record.results import PassCount, load
-from report import without_gpu
+from measure import measuring, memory, standard
+from measure.node_timing import SMALL
+from record.results import NetworkTime, NodeTime, load
 from rich.console import Console
 from workloads import gate
 from workloads.gate import EVAL, MODES, ONE_LAUNCH, Case
 from workloads.nodes import FORMS
-from workloads.passes import PHASES, two_phases
+from workloads.passes import PHASES
 from workloads.problems import DTYPES, LAYOUTS, problem
+
+import resfused
+from resfused import backend
 
 ROOT = Path(__file__).parents[2]
 
 
+def command(folder, *options, **environment):
+    """The command of a user who has set nothing else."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RESFUSED_BACKEND", "CXX")}
+    line = [sys.executable, str(ROOT / "benchmarks" / "run.py"), *options]
+    return subprocess.run(line, cwd=folder, capture_output=True, text=True, env=kept | environment)
+
+
 @pytest.mark.interpreter
-def test_the_command_without_arguments(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "run.py")]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "WRONG" not in result.stdout
-    *_, correct, traffic, speed = result.stdout.splitlines()
-    assert correct == "Correct: 72 of 72 cases, compared with PyTorch in float64."
-    assert traffic == "Traffic: 1.7 times less than eager around ResNet-50's norms, 2.5 in one launch."
-    assert "python benchmarks/run.py" in speed
-    assert max(map(len, (correct, traffic, speed))) <= 80
-    path = tmp_path / "results" / "cpu.json"
-    (content,) = json.loads(path.read_text())["runs"]
-    assert content["environment"]["torch"] == torch.__version__
-    assert [verdict["passed"] for verdict in content["gate"]] == [True] * 72
-    assert not any(content[kind] for kind in ("nodes", "kernels", "networks", "steps", "left_out"))
+def test_the_command_without_a_command(tmp_path):
+    done = command(tmp_path, "--small", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    assert "WRONG" not in done.stdout
+    assert "Left out" not in done.stdout
+    (path,) = (tmp_path / "results").glob("*.json")
+    assert path.stem.endswith("-1-threads")
+    (run,) = json.loads(path.read_text())["runs"]
+    assert (run["environment"]["threads"], run["environment"]["torch"]) == (1, torch.__version__)
+    assert [v["passed"] for v in run["gate"]] == [True] * 96
+    assert [v["passed"] for v in run["gate_interpreted"]] == [True] * 15
     (results,) = load([path]).values()
-    counts = {(c.what, c.phase, c.variant): c.passes for c in results.of(PassCount)}
-    assert len(counts) == 3 * (3 * 3 + 2)
-    eager, ours, one_launch = without_gpu.VARIANTS
-    for form, phase in product(FORMS, PHASES):
-        # What is per channel is on top.
-        least = two_phases(form, phase).bytes(1, torch.bfloat16) / 2
-        assert least <= counts[form, phase, ours] < least + 0.02
-        assert counts[form, phase, one_launch] < counts[form, phase, ours] < counts[form, phase, eager]
-    assert counts["ResNet-50", "training step", eager] == pytest.approx(15.33, abs=0.005)
-    assert {p.name for p in path.parent.iterdir()} == {"cpu.json", "cpu-passes.png"}
-    assert (path.parent / "cpu-passes.png").read_bytes().startswith(b"\x89PNG")
+    nodes = results.of(NodeTime)
+    assert {(t.form, t.dtype, t.layout, t.phase, t.variant) for t in nodes} == set(
+        product((n.form for n in SMALL), ("float32", "bfloat16"), LAYOUTS, PHASES,
+                ("resfused", "resfused again", "eager"))
+    )  # fmt: skip
+    assert not any(t.kept_mapped for t in nodes)
+    assert {(t.network, t.dtype) for t in results.of(NetworkTime)} == {("small/cifar_resnet8", "float32")}
+    assert "Goals on a CPU, two threads" in done.stdout
+    for written in path.parent.glob("*.png"):
+        assert written.read_bytes().startswith(b"\x89PNG")
 
 
-def test_cases_cover_every_pair():
-    axes = (FORMS, LAYOUTS, DTYPES.values(), MODES, gate.SMALL_SHAPES)
-    cases = gate.covering_cases()
-    assert len(set(cases)) == len(cases)
+def test_without_a_compiler_nothing_is_timed_in_its_name(tmp_path):
+    """Plain operators would give right numbers."""
+    done = command(tmp_path, "--small", "--device", "cpu", CXX="no-such-compiler", RESFUSED_CACHE=str(tmp_path))
+    assert done.returncode == 1
+    assert "nothing was timed" in done.stdout
+    assert "no C++ compiler was found: no-such-compiler" in " ".join(done.stdout.split())
+    (path,) = (tmp_path / "results").glob("*.json")
+    (run,) = json.loads(path.read_text())["runs"]
+    assert not any(run[kind] for kind in ("nodes", "networks"))
+
+
+def test_memory_is_kept_mapped(tmp_path):
+    """In a process of its own, which it is for good; pages may be larger than a GPU's owner would think."""
+    code = (
+        "from measure.memory import keep_mapped, page_faults; before = page_faults();"
+        "print(keep_mapped(), before, page_faults())"
+    )
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | path, capture_output=True, text=True)
+    kept, before, after = done.stdout.split()
+    assert kept == "True", done.stderr
+    assert int(after) < 8 < int(before)
+    assert memory.MEMORIES == ("default", "kept")
+
+
+def test_short_cases_cover():
+    axes = (FORMS, MODES, LAYOUTS, DTYPES.values(), gate.SMALL_SHAPES)
+    cases = [(c.form, c.mode, c.layout, c.dtype, c.shape) for c in gate.short_cases()]
+    assert len(set(cases)) == len(cases) == 15
     for one, other in combinations(range(len(axes)), 2):
-        assert {(case[one], case[other]) for case in cases} == set(product(axes[one], axes[other]))
+        pairs = {(case[one], case[other]) for case in cases}
+        # Some mode misses some dtype.
+        assert len(pairs) >= len(axes[one]) * len(axes[other]) - (2 if (one, other) == (1, 3) else 0)
 
 
 @pytest.mark.interpreter
@@ -64,46 +99,54 @@ def test_the_gate_launches_as_its_cases_say(device):
     for mode, launches in ((EVAL, 1), (gate.TRAINING, 6), (ONE_LAUNCH, 2)):
         with record() as launched:
             (verdict,) = gate.run_gate(
-                device, [Case(FORMS[0], "contiguous", torch.float32, mode, (2, 8, 2, 2))], Console(quiet=True)
+                device, [Case(FORMS[0], "contiguous", torch.float32, mode, (2, 8, 2, 2))], Console(quiet=True), "ours"
             )
         assert len(launched) == launches
         assert (verdict.mode, verdict.passed) == (mode, True)
 
 
-@pytest.fixture
-def halved(monkeypatch):
-    """A backward that loses half of dz."""
-    from resfused.kernels import gpu as kernels
-
+@pytest.fixture(params=["triton", "native"])
+def halved(request, monkeypatch):
+    """A backward that loses half of dz, of the kernels that then run."""
+    if request.param == "native" and torch.cuda.is_available():
+        pytest.skip("about a CPU's kernels, and the device is a GPU")
+    kernels = backend.load_kernels() if request.param == "triton" else backend._native_kernels()
     backward = kernels.backward
 
     def wrong(*args):
         gradients = backward(*args)
         return gradients._replace(residual=None if gradients.residual is None else gradients.residual / 2)
 
-    monkeypatch.setattr(kernels, "backward", wrong)
+    def halve():
+        monkeypatch.setattr(kernels, "backward", wrong)
+
+    with resfused.use_backend(request.param):
+        yield halve
 
 
-def test_a_wrong_kernel_fails_the_gate(device, monkeypatch, request):
+def test_a_wrong_kernel_fails_the_gate(device, halved):
     """The gate must see it, in every precision it is run in."""
     p = {dtype: problem("norm+add+relu", (2, 8, 4, 4), dtype, "contiguous", device) for dtype in DTYPES.values()}
     assert all(gate.judge(each, "contiguous").passed for each in p.values())
-    request.getfixturevalue("halved")
+    halved()
     for each in p.values():
         verdict = gate.judge(each, "contiguous")
         assert not verdict.passed
         assert verdict.worst == "gradient 1"
 
 
-@pytest.mark.interpreter
-@pytest.mark.usefixtures("halved")
-def test_a_failed_gate_ends_the_run(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("halved", ["native"], indirect=True)
+def test_a_failed_gate_ends_the_run(tmp_path, monkeypatch, capsys, halved):
     import run
 
+    halved()
     case = Case("norm+add+relu", "contiguous", torch.float32, gate.TRAINING, (2, 8, 4, 4))
-    monkeypatch.setattr(without_gpu, "covering_cases", lambda: [case])
-    assert run.main(["--results", str(tmp_path / "cpu.json")]) == 1
+    monkeypatch.setattr(standard, "every_case", lambda dtypes: [case])
+    monkeypatch.setattr(measuring, "copy_bandwidth", lambda device: 1.0)
+    with patch.object(standard, "interpreted") as other:
+        assert run.main(["--device", "cpu", "--results", str(tmp_path / "cpu.json")]) == 1
     said = capsys.readouterr().out
     assert "WRONG: norm+add+relu, float32 contiguous, 2x8x4x4, training: gradient 1" in said
-    assert "Correct: 0 of 1 cases" in said
+    assert "nothing was timed" in said
+    assert not other.called
     assert [p.name for p in tmp_path.iterdir()] == ["cpu.json"]

@@ -25,7 +25,7 @@ BENCHMARKS = Path(run.__file__).parent
 INT, POSITIVE = "must be a whole number of at least 1, but got ", "must be a finite number above 0, but got "
 HERE = {
     "time": "2030-01-01T00:00:00+00:00", "commit": "abc", "gpu": None, "driver": None, "cuda": None,
-    "processor": "x86_64", "python": "3.12", "torch": "2.11.0", "triton": "3.6.0",
+    "processor": "x86_64", "threads": 2, "python": "3.12", "torch": "2.11.0", "triton": "3.6.0",
 }  # fmt: skip
 TIME = NodeTime([1.0], "norm+relu", 64, 7, 7, 8, "bfloat16", "channels_last", "both", 1e9, 4e3, "eager", False, 1e-3)
 
@@ -52,7 +52,7 @@ def here(monkeypatch):
     """Runs say that they were made on it."""
 
     def use(**changes):
-        monkeypatch.setattr(results, "environment", lambda: {**HERE, **changes})
+        monkeypatch.setattr(results, "environment", lambda *device: {**HERE, **changes})
 
     use()
     return use
@@ -66,6 +66,8 @@ def names(table):
     ("written", "module", "meant"),
     [
         (commands.DTYPES, "workloads.problems", lambda m: names(m.DTYPES)),
+        (commands.DEVICES, "measure.measuring", lambda m: names(m.BACKENDS)),
+        (commands.MEMORIES, "measure.memory", lambda m: m.MEMORIES),
         (commands.LAYOUTS, "workloads.problems", lambda m: names(m.LAYOUTS)),
         (commands.VARIANTS, "measure.variants", lambda m: tuple(v for v in m.VARIANTS if v not in (m.OURS, m.AGAIN))),
         (commands.MODES, "measure.network_timing", lambda m: m.MODES),
@@ -133,6 +135,8 @@ def test_nothing_is_taken_as_it_comes():
         (["tune", "--repetitions", "1.5"], f"--repetitions: {INT}'1.5'"),
         (["networks", "--image-size", "-5"], f"--image-size: {INT}'-5'"),
         (["networks", "--batch", "9999999999"], "--batch: must be at most 2147483647, but got 9999999999"),
+        (["--threads", "0"], f"--threads: {INT}'0'"),
+        (["nodes", "--device", "tpu"], "--device: invalid choice: 'tpu' (choose from "),
         (["--minutes", "nan"], f"--minutes: {POSITIVE}'nan'"),
         (["nodes", "--minutes", "-5"], f"--minutes: {POSITIVE}'-5'"),
         (["tune", "--minutes", "inf"], f"--minutes: {POSITIVE}'inf'"),
@@ -244,7 +248,7 @@ def without(*keys):
 )
 @pytest.mark.parametrize("command", [[], ["networks"], ["report"]], ids=["default", "networks", "report"])
 def test_damaged_result_files(command, text, said, refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "_prepare", lambda: None)
+    monkeypatch.setattr(run, "_prepare", lambda interpreted: None)
     path = tmp_path / "bad.json"
     path.write_text(text)
     line = refused(*command, *([path] if command == ["report"] else ["--results", path]))
@@ -254,7 +258,7 @@ def test_damaged_result_files(command, text, said, refused, tmp_path, monkeypatc
 
 
 def test_a_readme_that_cannot_be_is_said_before_anything_is_written(refused, tmp_path, here, monkeypatch):
-    monkeypatch.setattr(run, "_prepare", lambda: None)
+    monkeypatch.setattr(run, "_prepare", lambda interpreted: None)
     path, readme = tmp_path / "cpu.json", tmp_path / "README.md"
     Run(path, {}).add([TIME])
     assert f"--readme {readme} cannot be read" in refused("report", path, "--readme", readme)
@@ -281,16 +285,14 @@ def test_result_files_in_one_folder_keep_their_own_plots(here, tmp_path):
         assert run.main(["report", path]) == 0
     assert (others("one"), others("two")) == (["eager"], ["attorch"])
     assert {path.name for path in tmp_path.glob("*.png")} == {
-        f"{name}-{kind}-bfloat16-channels_last-batch-8.png"
-        for name in ("one", "two")
-        for kind in ("speedup", "bandwidth")
+        f"{name}-speedup-bfloat16-channels_last-batch-8.png" for name in ("one", "two")
     }
     assert run.main(["report", one, two, other]) == 0
     assert others("one+two") == ["eager", "attorch"]
     assert others("x/one") == ["torch.compile"]
     assert others("one") == ["eager"]
     assert run.main(["report", one, other, "--output", str(tmp_path / "all")]) == 0
-    assert others("all/one-cpu") == ["eager"]
+    assert others("all/one-x86-64-2-threads") == ["eager"]
     assert others("all/one-nvidia-a100") == ["torch.compile"]
 
 

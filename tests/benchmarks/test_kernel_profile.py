@@ -7,8 +7,13 @@ import pytest
 import torch
 from count import node_passes
 from measure import counters, kernel_profile
+from measure.measuring import Measuring
 from measure.network_timing import Workload
+from measure.node_timing import Comparison
 from measure.spans import Span, busy, spans
+from measure.timing import Deadline
+from record.results import KernelTime, Run, load
+from rich.console import Console
 from workloads import passes
 from workloads.nodes import FORMS, Node
 
@@ -125,8 +130,6 @@ def test_counted_bytes_go_to_their_kernels():
 
 
 def kernel_times():
-    from record.results import KernelTime
-
     place = ("norm+relu", 8, 2, 2, 2, "float32", "channels_last")
     return [
         KernelTime([1.0], *place, phase, 1e6, 4000.0, kernel, None)
@@ -156,18 +159,13 @@ def test_counters_of_a_program(tmp_path, monkeypatch):
 
 
 @pytest.mark.interpreter
-def test_the_profile_command(tmp_path):
-    import run
-    from record.results import KernelTime, StepProfile, load
-
-    path = tmp_path / "cpu.json"
-    assert run.main(["profile", "--form", "norm+relu", "--repetitions", "2", "--results", str(path)]) == 0
-    (found,) = load([path]).values()
-    assert found.machine == "CPU"
+def test_kernels_of_nodes(tmp_path, device):
+    m = Measuring(Run(tmp_path / "here.json", {}), 100.0, Deadline(5), device, True, Console(quiet=True))
+    node = Node("norm+relu", 16, 4, 4, 1)
+    c = Comparison([node], [8], torch.bfloat16, "channels_last", device, repetitions=2)
+    kernel_profile.profile_nodes(c, m, counters=False)
+    (found,) = load([m.run.path]).values()
     kernels = {t.kernel: t for t in found.of(KernelTime)}
     assert set(kernels) == {"statistics", "normalise", "reduce", "apply"}
     assert all(len(t.samples_ms) == 2 and min(t.samples_ms) > 0 for t in kernels.values())
-    assert kernels["apply"].least_bytes == 3 * 2 * 8 * 16 * 16
-    assert not found.of(StepProfile)
-    assert Node("norm+relu", 16, 4, 4, 1).elements * 8 * 6 == kernels["apply"].least_bytes
-    assert (tmp_path / "cpu-kernels-bfloat16-channels_last-batch-8.png").exists()
+    assert kernels["apply"].least_bytes == 3 * 2 * node.elements * 8

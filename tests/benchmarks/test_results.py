@@ -17,7 +17,7 @@ NODE = ("norm+add+relu", 256, 56, 56, 256, "bfloat16", "channels_last")
 PROJECTION = ("norm+add(norm)+relu", 512, 28, 28, 256, "bfloat16", "channels_last")
 GPU = {
     "time": "2030-01-01T00:00:00+00:00", "commit": "abc", "gpu": "NVIDIA H200", "driver": "1", "cuda": "13.0",
-    "processor": "x86_64", "python": "3.12", "torch": "2.11.0", "triton": "3.6.0",
+    "processor": "x86_64", "threads": 16, "python": "3.12", "torch": "2.11.0", "triton": "3.6.0",
 }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def on_a_gpu(monkeypatch):
     """Runs say that they were made on it."""
 
     def use(**changes):
-        monkeypatch.setattr(results, "environment", lambda: {**GPU, **changes})
+        monkeypatch.setattr(results, "environment", lambda *device: {**GPU, **changes})
 
     use()
     return use
@@ -154,33 +154,37 @@ def test_goals_look_only_at_their_own_settings():
 
 def test_markdown_says_what_was_measured_where():
     plots = {"NVIDIA H200": [ROOT / "benchmarks/results/nvidia-h200-images.png"]}
-    text = report.markdown({"NVIDIA H200": of(MEASURED)}, plots, ROOT)
-    assert "| on an H200 | goal | reached on NVIDIA H200 | met |" in text
-    assert "NVIDIA H200, driver 1, torch 2.11.0, triton 3.6.0; commit abc." in text
-    assert "| torchvision/resnet50 training | 256 | resfused, CUDA graph | 8,000 | 2.00 | 0.0 |" in text
+    parts = report.markdown({"NVIDIA H200": of(MEASURED)}, plots, ROOT)
+    assert parts[report.OPENING] == "No CPU has been measured yet."
+    text = parts[report.SPEED]
+    assert "| on NVIDIA H200 | goal | reached on NVIDIA H200 | met |" in text
+    assert "| on a CPU, two threads | goal | reached | met |" in text
+    assert "NVIDIA H200; driver 1; torch 2.11.0, triton 3.6.0, commit abc." in text
+    assert "| torchvision/resnet50 training, bfloat16 | 256 | resfused, CUDA graph | 8,000 | 2.00 | 0.0 |" in text
     assert "| bfloat16 channels_last | 256 | torch.compile | 2 | 2.12 | 1.50 |" in text
     assert "(benchmarks/results/nvidia-h200-images.png)" in text
 
 
 def test_the_readme_says_what_the_committed_results_say():
-    """The tables between the markers are the ones that the report makes."""
-    readme = (ROOT / "README.md").read_text()
+    """What stands between the markers is what the report makes."""
+    readme = report.checked(ROOT / "README.md")
     by_machine = results.load(report.record())
     shown = {name: sorted(report.RECORD.glob(f"{r.stem.name}-*.png")) for name, r in by_machine.items()}
     expected = report.markdown(by_machine, shown, ROOT)
-    assert readme.partition(report.BEGIN)[2].partition(report.END)[0].strip() == expected
+    for part, text in expected.items():
+        assert readme.partition(report.begin(part))[2].partition(report.end(part))[0].strip() == text
 
 
 def test_a_readme_without_markers_stays_as_it_is(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("# mine\n")
     with pytest.raises(ResultError, match="for the tables to stand between"):
-        report.put_into(readme, "text")
-    assert readme.read_text() == "# mine\n"
-    readme.write_text(f"a\n{report.BEGIN}\nold\n{report.END}\nb\n")
+        report.checked(readme)
+    readme.write_text("a\n" + "\nbetween\n".join(f"{report.begin(p)}\nold\n{report.end(p)}" for p in report.PARTS))
     for text in ("new", "newer"):
-        report.put_into(readme, text)
-    assert readme.read_text() == f"a\n{report.BEGIN}\n\nnewer\n\n{report.END}\nb\n"
+        report.put_into(readme, {part: f"{text} {part}" for part in report.PARTS})
+    expected = (f"{report.begin(p)}\n\nnewer {p}\n\n{report.end(p)}" for p in report.PARTS)
+    assert readme.read_text() == "a\n" + "\nbetween\n".join(expected)
 
 
 def test_plots_of_everything(tmp_path):
@@ -212,12 +216,12 @@ def test_the_report_command(on_a_gpu, tmp_path, capsys):
     path = tmp_path / "h200.json"
     Run(path, {}).add(MEASURED)
     readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}{report.END}")
+    readme.write_text("".join(report.begin(part) + report.end(part) for part in report.PARTS))
     assert run.main(["report", str(path), "--readme", str(readme)]) == 0
     assert "| 2.00 |" in readme.read_text()
     assert "![h200-images](h200-images.png)" in readme.read_text()
     assert (tmp_path / "h200-nodes.csv").exists()
-    assert "Goals on an NVIDIA H200" in capsys.readouterr().out
+    assert "Goals on NVIDIA H200" in capsys.readouterr().out
 
 
 def test_tables_leave_empty_what_was_not_measured(capsys):
