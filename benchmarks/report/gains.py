@@ -51,6 +51,8 @@ def draw(results: Results) -> Any:
     for axes, (setting, times) in zip(panels, by_setting.items(), strict=True):
         _node_panel(axes, times, labels)
         axes.set_title(" ".join(setting), loc="left", fontsize=10)
+    # The panels share it, and scale it until it is set.
+    panels[0].set_xlim(left=0)
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="upper right", frameon=False)
     if steps:
         _step_panel(figure.add_subplot(grid[1, :]), steps)
@@ -65,7 +67,6 @@ def _node_panel(axes: Any, times: list[NodeTime], labels: list[str]) -> None:
     axes.axvline(1, color="0.3", linewidth=1)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlim(left=0)
     axes.set_xlabel("times as fast, node by node", fontsize=8)
     _plain(axes)
 

@@ -108,6 +108,8 @@ def test_the_picture_shows_the_ratios():
     assert drawn == {"against eager": [[4.0, 0.0]], "against torch.compile": [[9.0, 0.0]]}
     assert bfloat16.collections[0].get_offsets().tolist() == [[1.2, 0.0]]
     assert [bar.get_width() for bar in networks.patches] == pytest.approx([2600 / 2500, 1.3, 1.0])
+    slow = replace(node(NODE, "torch.compile", 120.0), dtype="bfloat16")
+    assert all(axes.get_xlim()[1] > 12 for axes in gains.draw(of([*MEASURED, slow])).axes[:2])
     assert [t.get_text() for t in networks.get_yticklabels()] == [
         f"torchvision/resnet50 training, {dtype}, batch 16" for dtype in ("float32", "bfloat16")
     ]
