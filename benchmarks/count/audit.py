@@ -1,16 +1,16 @@
 """The machine code of the library's own launches, and the budgets it is held to. Needs no GPU.
 
-Every launch of a forward and a backward is compiled for each architecture, on tensors without data, and read back
-from the disassembly. Per multiprocessor:
+Every launch of a forward and a backward is compiled for each architecture, on tensors without data, and read back:
+what a step of the inner loop issues for an element, what it keeps in flight, and by ``ceilings`` the bandwidth that the
+launch can reach at most on an A100, an H100 and an H200, with what binds it. Per multiprocessor:
 
     resident programs = min(blocks, warps / (warps of a program), registers / (registers of a program),
                             shared memory / (shared memory of a program))
-    bytes in flight   = min(resident programs, grid / multiprocessors) · tile elements · share of them inside the shape
-                        · Σ element size over the activations that a tile loads
-    bytes it has      = elements of the shape · the same Σ / multiprocessors
+    bytes in flight   = min(resident programs, grid / multiprocessors) · threads · share of tiles inside the shape
+                        · bytes that a thread has on their way before it first uses one
+    bytes it has      = elements of the shape · Σ element size over the activations that a tile loads / multiprocessors
 
-A tile's activation loads do not depend on each other, so all of a tile's are on their way at once. A bit mask and
-vectors over channels are not counted.
+A tile whose loads come one after the other waits for each: bandwidth counts its round trips.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
-import os
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from typing import NamedTuple
 
@@ -32,71 +30,41 @@ import triton
 from console.arguments import write_json
 from console.progress import track
 from console.rows import Rows
-from resfused.kernels import gpu
 from resfused.kernels.geometry import Geometry, geometry
 from resfused.kernels.gpu import launch_table
 from rich.console import Console
-from torch import Tensor
+from workloads.nodes import resnet50_nodes
 
+from count.budgets import BATCH, BUDGETS, RESNET50, Loop, Row, StepCount, full, violations, worst
+from count.ceilings import ARCHITECTURES, CARDS, KIB, Work, arithmetic, ceiling, pipe_counts, resident_programs
 from count.machine_code import (
     FLOAT64,
     FLOAT_ATOMIC,
     Access,
+    MachineCode,
     UnreadableError,
     narrowest,
     read_back,
+    step_of,
     tile_accesses,
     widths,
 )
-from count.offline import Launch, compiling_for
-
-KIB = 1024
-IN_FLIGHT = 32 * KIB
-"""Bytes of activation loads in flight that hide the latency of memory on a multiprocessor of sm_90."""
-MOST_BLOCKS = (2**31 - 1, 65535, 65535)
-WORKERS = 2
-
-
-class Architecture(NamedTuple):
-    """Limits of one multiprocessor, and how many there are. Registers are 32-bit words, shared memory is bytes."""
-
-    multiprocessors: int
-    lanes: int
-    warps: int
-    blocks: int
-    registers: int
-    register_unit: int
-    partitions: int
-    shared: int
-    reserved: int
-    """Shared memory that the system takes of each block's."""
-
-
-ARCHITECTURES = {
-    "sm_80": Architecture(108, 32, 64, 32, 65536, 256, 4, 164 * KIB, KIB),
-    "sm_90": Architecture(132, 32, 64, 32, 65536, 256, 4, 228 * KIB, KIB),
-    "sm_100": Architecture(148, 32, 64, 32, 65536, 256, 4, 228 * KIB, KIB),
-    "gfx942": Architecture(304, 64, 32, 32, 131072, 512, 4, 64 * KIB, 0),
-}
-DEFAULT_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-# The residual, and whether it is normed too.
-FORMS = {"norm+relu": (False, False), "norm+add+relu": (True, False), "norm+add(norm)+relu": (True, True)}
-PHASES = ("training forward", "training backward", "eval forward")
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-RESNET50 = (
-    (256, 64, 56, 56),
-    (256, 256, 56, 56),
-    (256, 2048, 7, 7),
-    (256, 64, 112, 112),
-    (256, 128, 56, 56),
-    (256, 128, 28, 28),
-    (256, 512, 28, 28),
-    (256, 256, 28, 28),
-    (256, 256, 14, 14),
-    (256, 1024, 14, 14),
-    (256, 512, 14, 14),
-    (256, 512, 7, 7),
+from count.offline import (
+    BACKWARD,
+    FORKED,
+    FORMS,
+    FORWARD,
+    LAYOUTS,
+    PHASES,
+    Fills,
+    Launch,
+    compile_launches,
+    compiler_environment,
+    compiling_for,
 )
+
+WORKERS = 2
+DEFAULT_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 ODD = (256, 130, 28, 28)
 # 2^33 elements: neither an element's offset nor a byte's fits 32 bits.
 HUGE = (4096, 64, 256, 128)
@@ -117,110 +85,33 @@ class Task(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One launch. Widths are in bits; ``narrowest`` is that of the accesses to activations."""
-
-    architecture: str
-    kernel: str
-    form: str
-    phase: str
-    dtype: str
-    layout: str
-    shape: tuple[int, ...]
-    hash: str
-    grid: tuple[int, ...]
-    warps: int
-    registers: int
-    spilled: int
-    shared: int
-    instructions: int
-    loads: dict[int, int]
-    stores: dict[int, int]
-    float_atomics: int
-    float64: int
-    narrowest: int
-    least_width: int
-    offset_bits: int
-    resident_warps: int
-    in_flight: int
-    available: int
-
-
-def violations(row: Row) -> list[str]:
-    """The budgets that a launch breaks."""
-    found = []
-    if row.spilled:
-        found.append(f"spills {row.spilled}")
-    if row.narrowest < row.least_width:
-        found.append(f"accesses an activation {row.narrowest} bits wide, not {row.least_width}")
-    if row.float_atomics:
-        found.append(f"{row.float_atomics} floating-point atomics")
-    if row.float64 and row.dtype != "float64":
-        found.append(f"{row.float64} float64 instructions for {row.dtype} activations")
-    if row.architecture == "sm_90" and row.shape in RESNET50 and row.in_flight < min(IN_FLIGHT, row.available):
-        found.append(f"{row.in_flight} bytes in flight, of {min(IN_FLIGHT, row.available)}")
-    if any(blocks > most for blocks, most in zip(row.grid, MOST_BLOCKS, strict=False)):
-        found.append(f"grid {row.grid}")
-    if row.offset_bits < 64:
-        found.append(f"offsets of activations in {row.offset_bits} bits")
-    return found
-
-
-def compile_launches(form: str, phase: str, dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> None:
-    """Makes the launches of one form and phase, on tensors that have no data."""
-    has_residual, norm_residual = FORMS[form]
-
-    def activation() -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta", memory_format=LAYOUTS[layout])
-
-    def norm() -> gpu.Norm:
-        vectors = [torch.empty(shape[1], dtype=accumulator, device="meta") for _ in range(4)]
-        return gpu.Norm(*vectors, momentum=0.1, eps=1e-5)
-
-    accumulator = gpu.accumulator(activation())
-    x = activation()
-    residual = activation() if has_residual else None
-    norms = norm(), norm() if norm_residual else None
-    if phase != "training backward":
-        training = phase == "training forward"
-        gpu.forward(x, residual, *norms, training=training, save_mask=training)
-        return
-    masked = has_residual and not norm_residual
-    gpu.backward(
-        activation(),
-        None,
-        x,
-        residual if norm_residual else None,
-        dtype if masked else None,
-        torch.empty(geometry(x).mask_numel, dtype=torch.uint8, device="meta") if masked else None,
-        torch.empty((4 if norm_residual else 2, shape[1]), dtype=accumulator, device="meta"),
-        *norms,
-        gpu.Gradients(*[True] * 6),
-    )
-
-
 class Audit(NamedTuple):
-    """The launches that could be read back, and of each other one which it is and why not."""
+    """The launches that could be read back, and of each other one which it is and why not.
+
+    ``fills``: launches of PyTorch's own, by architecture, layout, form, phase and shape.
+    """
 
     rows: list[Row]
     unread: list[str]
+    fills: Counter[tuple[object, ...]]
 
 
-def rows_of(task: Task) -> Audit:
+def rows_of(task: Task, forms: Iterable[str] = FORMS, phases: Iterable[str] = PHASES) -> Audit:
     """Every launch of a task, compiled and read back. Needs a process without TRITON_INTERPRET."""
-    rows, unread = [], []
+    found = Audit([], [], Counter())
     dtype = getattr(torch, task.dtype)
-    for shape, form, phase in product(task.shapes, FORMS, PHASES):
+    for shape, form, phase in product(task.shapes, forms, phases):
         g = geometry(torch.empty(shape, device="meta", memory_format=LAYOUTS[task.layout]))
-        with compiling_for(task.architecture) as launches:
+        with compiling_for(task.architecture) as launches, Fills() as fills:
             compile_launches(form, phase, dtype, task.layout, shape)
+        found.fills[task.architecture, task.layout, form, phase, shape] += fills.launches
         for launch in launches:
             try:
-                rows.append(row_of(task, shape, form, phase, g, launch))
+                found.rows.append(row_of(task, shape, form, phase, g, launch))
             except UnreadableError as error:
-                unread.append(f"{task.architecture} {launch.kernel.name} ({form}, {phase}, {task.dtype}): {error}")
-    return Audit(rows, unread)
+                name = f"{task.architecture} {launch.kernel.name} ({form}, {phase}, {task.dtype})"
+                found.unread.append(f"{name}: {error}")
+    return found
 
 
 def row_of(task: Task, shape: tuple[int, ...], form: str, phase: str, g: Geometry, launch: Launch) -> Row:
@@ -231,10 +122,7 @@ def row_of(task: Task, shape: tuple[int, ...], form: str, phase: str, g: Geometr
     code = read_back(kernel)
     accesses = tile_accesses(kernel.asm["ttir"]) if streams else []
     activations = [a for a in accesses if a.itemsize > 1]
-    warps = kernel.metadata.num_warps
-    resident = resident_programs(architecture, warps, code.registers, kernel.metadata.shared)
-    loaded = sum(a.itemsize for a in activations if a.loads)
-    in_flight = tile_elements_inside(name, g, task.dtype == "float64") * loaded if streams else 0.0
+    loaded = {a.base: a.itemsize for a in activations if a.loads}
     return Row(
         architecture=task.architecture,
         kernel=name,
@@ -245,7 +133,7 @@ def row_of(task: Task, shape: tuple[int, ...], form: str, phase: str, g: Geometr
         shape=shape,
         hash=kernel.hash,
         grid=launch.grid,
-        warps=warps,
+        warps=kernel.metadata.num_warps,
         registers=code.registers,
         spilled=code.spilled,
         shared=kernel.metadata.shared,
@@ -255,29 +143,51 @@ def row_of(task: Task, shape: tuple[int, ...], form: str, phase: str, g: Geometr
         float_atomics=sum(FLOAT_ATOMIC.match(opcode) is not None for opcode in code.opcodes),
         float64=sum(FLOAT64.search(opcode) is not None for opcode in code.opcodes),
         narrowest=narrowest(activations, code.transfers),
-        least_width=least_width(activations, g, warps * architecture.lanes),
+        least_width=least_width(activations, g, kernel.metadata.num_warps * architecture.lanes),
         offset_bits=min((a.offset_bits for a in accesses), default=64),
-        resident_warps=resident * warps,
-        in_flight=int(in_flight * min(resident, math.prod(launch.grid) / architecture.multiprocessors)),
-        available=g.numel * loaded // architecture.multiprocessors,
+        available=g.numel * sum(loaded.values()) // architecture.multiprocessors,
+        # AMD's waits are not read.
+        loop=_loop(task.architecture, g, launch, code, accesses) if streams and task.architecture[0] == "s" else None,
     )
 
 
-def resident_programs(architecture: Architecture, warps: int, registers: int, shared: int) -> int:
-    """Programs that one multiprocessor holds at a time. A warp's registers lie in one of its partitions."""
-    unit = architecture.register_unit
-    of_a_warp = -(-registers * architecture.lanes // unit) * unit
-    by_registers = architecture.partitions * (architecture.registers // architecture.partitions // of_a_warp)
-    of_a_block = shared + architecture.reserved
-    by_shared = architecture.shared // of_a_block if of_a_block else architecture.blocks
-    return min(architecture.blocks, architecture.warps // warps, by_registers // warps, by_shared)
+def _loop(architecture: str, g: Geometry, launch: Launch, code: MachineCode, accesses: list[Access]) -> Loop:
+    """Raises: UnreadableError where the machine code has no such loop."""
+    step, loop = step_of(accesses, code), code.loop
+    assert loop is not None
+    metadata = launch.kernel.metadata
+    limits = ARCHITECTURES[architecture]
+    programs = resident_programs(limits, metadata.num_warps, code.registers, metadata.shared)
+    grid = math.prod(launch.grid)
+    waves = grid / (programs * limits.multiprocessors)
+    tiles, inside = tiles_of(g, max(accesses, key=lambda a: a.elements).tile)
+    threads = metadata.num_warps * limits.lanes * inside
+    instructions = len(loop.opcodes) / step.elements
+    pipes = {pipe: n / step.elements for pipe, n in pipe_counts(loop.opcodes).items()}
+    work = Work(instructions, pipes, step.moved, programs * threads * loop.loaded / loop.round_trips, waves)
+    cards = {name: card for name, card in CARDS.items() if card.architecture == architecture}
+    return Loop(
+        elements=step.elements,
+        loaded=step.loaded,
+        instructions=instructions,
+        pipes=pipes,
+        moved=step.moved,
+        programs=programs,
+        waves=waves,
+        last_wave=full(waves),
+        fills=grid >= tiles,
+        in_flight=int(min(programs, grid / limits.multiprocessors) * threads * loop.first),
+        round_trips=loop.round_trips,
+        arithmetic=arithmetic(work, architecture, CARDS["H100"].clock),
+        ceilings={name: ceiling(work, card) for name, card in cards.items()},
+    )
 
 
-def tile_elements_inside(kernel: str, g: Geometry, wide: bool) -> float:
-    """Elements of a tile, on average, that are inside the shape."""
-    launch = launch_table.streaming(kernel, g, wide)
-    tiles = g.groups * -(-g.positions // launch.block_positions) * launch.channel_blocks
-    return g.numel / tiles
+def tiles_of(g: Geometry, tile: tuple[int, int]) -> tuple[int, float]:
+    """How many tiles of so many rows and columns a tensor has, and how much of them is inside it."""
+    positions, columns = tile if g.channels_last else reversed(tile)
+    tiles = g.groups * -(-g.positions // positions) * -(-g.columns // columns)
+    return tiles, g.numel / (tiles * positions * columns)
 
 
 def least_width(activations: list[Access], g: Geometry, threads: int) -> int:
@@ -287,20 +197,6 @@ def least_width(activations: list[Access], g: Geometry, threads: int) -> int:
     return 128 if activations and wide else 0
 
 
-@contextmanager
-def compiler_environment() -> Iterator[None]:
-    """Processes started within it compile, whatever this one does, and find nothing compiled before."""
-    before = dict(os.environ)
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ.pop("TRITON_INTERPRET", None)
-        os.environ["TRITON_CACHE_DIR"] = cache
-        try:
-            yield
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
-
-
 def audit(tasks: list[Task], console: Console) -> Audit:
     """All tasks, compiled in processes of their own."""
     with compiler_environment(), ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
@@ -308,7 +204,7 @@ def audit(tasks: list[Task], console: Console) -> Audit:
         finished = track(as_completed(futures), "Compiling", console, len(futures))
         found = [future.result() for future in finished]
     rows = sorted((row for each in found for row in each.rows), key=_order)
-    return Audit(rows, [reason for each in found for reason in each.unread])
+    return Audit(rows, [reason for each in found for reason in each.unread], sum((e.fills for e in found), Counter()))
 
 
 def tasks_of(architectures: Iterable[str], short: bool) -> list[Task]:
@@ -322,9 +218,30 @@ def tasks_of(architectures: Iterable[str], short: bool) -> list[Task]:
     ]
 
 
-def _order(row: Row) -> tuple[int | str, ...]:
-    """Rows of one kernel side by side, those with the least in flight of what they could have first."""
-    margin = int(KIB * row.in_flight / max(row.available, 1))
+def steps_of(found: Audit) -> list[StepCount]:
+    """Of each architecture and layout whose launches on ResNet-50's activations in bfloat16 are all there."""
+    of: dict[tuple[object, ...], list[Row]] = {}
+    for row in found.rows:
+        if row.dtype == "bfloat16":
+            of.setdefault((row.architecture, row.layout, row.form, row.phase, row.shape), []).append(row)
+    nodes = [
+        (node, (node.form, phase, (BATCH, node.channels, node.height, node.width)))
+        for node in resnet50_nodes()
+        for phase in (FORWARD, FORKED if node.forked else BACKWARD)
+    ]
+    steps = []
+    for where in dict.fromkeys(key[:2] for key in of):
+        if not found.unread and all((*where, *which) in of for _, which in nodes):
+            of_nodes = [(node.count, of[(*where, *which)], found.fills[(*where, *which)]) for node, which in nodes]
+            launches = sum(n * (len(rows) + fills) for n, rows, fills in of_nodes)
+            kernels = {row.hash for _, rows, _ in of_nodes for row in rows}
+            steps.append(StepCount(str(where[0]), str(where[1]), launches, len(kernels)))
+    return steps
+
+
+def _order(row: Row) -> tuple[float | str, ...]:
+    """Rows of one kernel side by side, the one that can reach the least first."""
+    reach = min((c.bandwidth for c in row.loop.ceilings.values()), default=0.0) if row.loop else 0.0
     return (
         list(ARCHITECTURES).index(row.architecture),
         list(DTYPES).index(row.dtype),
@@ -333,59 +250,77 @@ def _order(row: Row) -> tuple[int | str, ...]:
         row.form,
         row.phase,
         row.hash,
-        margin,
+        reach,
     )
 
 
 def show(rows: list[Row], console: Console) -> None:
-    """One line for each distinct kernel, with the launch of it that has the least in flight."""
+    """One line for each distinct kernel, with the launch of it that can reach the least."""
     distinct = {(row.architecture, row.hash): row for row in reversed(rows)}
     for architecture in dict.fromkeys(row.architecture for row in rows):
+        cards = [name for name, card in CARDS.items() if card.architecture == architecture]
         table = Rows(
             architecture,
             keys=("kernel", "form", "phase", "dtype", "layout", "shape", "grid"),
-            values=("regs", "spill", "shared", "instr", "loads", "stores", "warps/SM", "KiB in flight"),
-        )
+            values=(
+                "regs", "spill", "loads", "stores", "instr/elem", "ALU/elem", "programs/SM", "waves", "KiB in flight",
+                "round trips", "arithmetic TB/s", *(f"{card} TB/s" for card in cards),
+            ),
+            caption="Of streaming kernels' inner loops. KiB: of a multiprocessor, before the first use. TB/s: at most.",
+        )  # fmt: skip
         for row in reversed(distinct.values()):
             if row.architecture == architecture:
-                table.add(*_cells(row), style="red" if violations(row) else "")
+                table.add(*_cells(row, cards), style="red" if violations(row) else "")
         console.print(table)
 
 
-def _cells(row: Row) -> list[str]:
-    return [
-        row.kernel,
-        row.form,
-        row.phase,
-        row.dtype,
-        row.layout,
-        "×".join(map(str, row.shape)),
-        "×".join(map(str, row.grid)),
-        str(row.registers),
-        str(row.spilled),
-        str(row.shared),
-        str(row.instructions),
-        *(" ".join(f"{n}·{width}" for width, n in counts.items()) for counts in (row.loads, row.stores)),
-        str(row.resident_warps),
-        f"{row.in_flight / KIB:.1f}" if row.available else "",
-    ]
+def _cells(row: Row, cards: list[str]) -> list[str]:
+    accesses = (" ".join(f"{n}·{width}" for width, n in counts.items()) for counts in (row.loads, row.stores))
+    names = [row.kernel, row.form, row.phase, row.dtype, row.layout, "×".join(map(str, row.shape))]
+    cells = [*names, "×".join(map(str, row.grid)), str(row.registers), str(row.spilled), *accesses]
+    if row.loop is None:
+        return [*cells, *[""] * (7 + len(cards))]
+    loop = row.loop
+    numbers = [f"{loop.instructions:.1f}", f"{loop.pipes.get('ALU', 0):.1f}", str(loop.programs), f"{loop.waves:.2f}"]
+    reached = [loop.arithmetic, *(loop.ceilings[card] for card in cards)]
+    ceilings = [f"{c.bandwidth:.1f} {c.limit}" for c in reached]
+    return [*cells, *numbers, f"{loop.in_flight / KIB:.1f}", f"{loop.round_trips:.1f}", *ceilings]
+
+
+def goal_table(rows: list[Row], steps: list[StepCount]) -> Rows:
+    """Every budget and the launch that is nearest to it or furthest over it."""
+    table = Rows("Budgets", keys=("figure", "of"), values=("worst", "budget"))
+    for budget in BUDGETS:
+        if found := worst(budget, rows):
+            figure, row = found
+            table.add(
+                budget.what, row.place, f"{figure:.3g}", budget.wanted, style="" if budget.keeps(figure) else "red"
+            )
+    for step in steps:
+        of = f"{step.architecture}, {step.layout}"
+        for what, n, most in step.counts:
+            table.add(
+                f"{what} of a ResNet-50 step, batch {BATCH}", of, str(n), f"<= {most}", style="red" if n > most else ""
+            )
+    return table
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the audit; 0 if every launch that can be read keeps every budget, else 1."""
     console = Console()
     default = ("sm_90",) if args.short else DEFAULT_ARCHITECTURES
-    rows, unread = audit(tasks_of(args.arch or default, args.short), console)
+    found = audit(tasks_of(args.arch or default, args.short), console)
+    rows, steps = found.rows, steps_of(found)
     show(rows, console)
-    broken = [(row, violations(row)) for row in rows if violations(row)]
-    for row, found in broken:
-        case = f"{row.architecture} {row.kernel} ({row.form}, {row.phase}, {row.dtype}, {row.layout}, {row.shape})"
-        console.print(f"[red]{case}: {'; '.join(found)}", soft_wrap=True, highlight=False)
-    kernels_compiled = len({(row.architecture, row.hash) for row in rows})
-    console.print(f"{len(rows)} launches, {kernels_compiled} kernels, {len(broken)} launches over budget")
-    if unread:
-        what = f"{len(unread)} launches more not judged: what Triton {triton.__version__} makes of them cannot be read."
-        console.print(what, unread[0], style="yellow", markup=False, soft_wrap=True, highlight=False)
+    console.print(goal_table(rows, steps))
+    broken = [row for row in rows if violations(row)]
+    kernels = len({(row.architecture, row.hash) for row in rows})
+    over = sum(n > most for step in steps for _, n, most in step.counts)
+    console.print(f"{len(rows)} launches, {kernels} kernels, {len(broken)} launches and {over} counts over budget")
+    if found.unread:
+        what = f"{len(found.unread)} launches more not judged: what Triton {triton.__version__} makes of them cannot be"
+        console.print(f"{what} read.", found.unread[0], style="yellow", markup=False, soft_wrap=True, highlight=False)
     if args.json:
-        write_json(args.json, [asdict(row) | {"violations": violations(row)} for row in rows])
-    return 1 if broken else 0
+        of_rows = [asdict(row) | {"violations": violations(row)} for row in rows]
+        write_json(args.json, {"rows": of_rows, "steps": [step._asdict() for step in steps]})
+    return 1 if broken or over else 0

@@ -6,52 +6,99 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 from triton import knobs
 from triton.compiler import CompiledKernel
 
+from count.inner_loop import (
+    InnerLoop,
+    UnreadableError,
+    inner_loop,
+    innermost,
+    instructions,
+    width_of,
+)
+
 Source = tuple[str, int]
 """A file and the line in it where a statement begins."""
 
 
-class UnreadableError(Exception):
-    """What this version of Triton, or of a tool that it carries, writes is not what this module knows."""
-
-
 class Transfer(NamedTuple):
-    """A load from, or a store to, global memory; ``width`` in bits, of each thread."""
+    """A load from, or a store to, global memory; ``width`` in bits, of each thread; ``inner``: in the inner loop."""
 
     loads: bool
     width: int
     source: Source
+    inner: bool = False
 
 
 class Access(NamedTuple):
-    """A load or a store of a tile of an activation or, of one byte, of a bit mask."""
+    """A load or a store of a tile, rows by columns, of an activation or, of one byte, of a bit mask.
+
+    ``base``: what its addresses are reckoned from. ``loop``: the number of the loop that it is in, 0 without one.
+    """
 
     loads: bool
-    elements: int
+    tile: tuple[int, int]
     itemsize: int
     offset_bits: int
     source: Source
+    base: str = ""
+    loop: int = 0
+
+    @property
+    def elements(self) -> int:
+        return self.tile[0] * self.tile[1]
 
 
 class MachineCode(NamedTuple):
-    """``registers`` of a thread, ``spilled`` bytes or registers."""
+    """``registers`` of a thread, ``spilled`` bytes or registers. ``loop``: the inner one, where it can be read."""
 
     opcodes: list[str]
     transfers: list[Transfer]
     registers: int
     spilled: int
+    loop: InnerLoop | None
+
+
+class Step(NamedTuple):
+    """What a thread does in one step of the inner loop, by tiles.
+
+    ``elements``: of each activation that it loads, of which there are ``loaded``; ``moved``: bytes an element.
+    """
+
+    elements: float
+    loaded: int
+    moved: float
+
+
+def step_of(accesses: list[Access], code: MachineCode) -> Step:
+    """Raises: UnreadableError where the inner loop is not one of Triton's code."""
+    loads = [a for a in accesses if a.loads and a.itemsize > 1]
+    bytes_of_loops = Counter[int]()
+    for a in loads:
+        bytes_of_loops[a.loop] += a.elements * a.itemsize
+    (loop, size), *_ = bytes_of_loops.most_common(1)
+    of_bases = Counter(a.base for a in loads if a.loop == loop)
+    written = {(a.loads, a.source): a.itemsize for a in accesses}
+    inner = [t for t in code.transfers if t.inner and (t.loads, t.source) in written]
+    loaded = sum(t.width // 8 for t in inner if t.loads and written[True, t.source] > 1)
+    if not loop or not loaded or code.loop is None:
+        raise UnreadableError("its inner loop is not one of Triton's code")
+    # A step of Triton's loop has as many tiles of each base; LLVM and the assembler may each unroll it.
+    elements = loaded * of_bases.most_common(1)[0][1] * loads[0].elements / size
+    moved = sum(t.width // 8 for t in inner) / elements
+    unrolled = round(code.loop.loaded / sum(t.width // 8 for t in code.transfers if t.inner and t.loads))
+    return Step(max(1, unrolled) * elements, len(of_bases), moved)
 
 
 def narrowest(activations: list[Access], transfers: list[Transfer]) -> int:
     """The width of the narrowest access to an activation. Raises: UnreadableError where one has become no transfer."""
     found: dict[tuple[bool, Source], int] = {}
-    for loads, width, source in transfers:
+    for loads, width, source, _ in transfers:
         found[loads, source] = min(width, found.get((loads, source), width))
     for access in activations:
         if (access.loads, access.source) not in found:
@@ -61,9 +108,7 @@ def narrowest(activations: list[Access], transfers: list[Transfer]) -> int:
 
 
 _DEFINITION = re.compile(r"^ *(%[\w#]+) = (tt\.\w+) (%[\w#]+).* : (.*) loc\(", re.MULTILINE)
-_TILE_ACCESS = re.compile(
-    r"tt\.(load|store) (%[\w#]+).* : tensor<(\d+)x(\d+)x!tt\.ptr<([a-z]+)(\d+)>> loc\((#loc\d+)\)"
-)
+_TILE_ACCESS = re.compile(r"tt\.(load|store) (%[\w#]+).* : tensor<(\d+)x(\d+)x!tt\.ptr<[a-z]+(\d+)>> loc\((#loc\d+)\)")
 _LOCATION = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
 
 
@@ -90,29 +135,43 @@ def tile_accesses(ttir: str) -> list[Access]:
                 return int(types.rpartition(", i")[2])
         return 64
 
-    accesses = [
-        Access(kind == "load", int(rows) * int(columns), int(bits) // 8, offset_bits(pointer), source(location))
-        for kind, pointer, rows, columns, _, bits, location in _TILE_ACCESS.findall(ttir)
-    ]
+    def base(pointer: str) -> str:
+        while pointer in definitions:
+            pointer = definitions[pointer][1]
+        return pointer
+
+    accesses = []
+    for loop, line in _lines_of_loops(ttir):
+        if found := _TILE_ACCESS.search(line):
+            kind, pointer, rows, columns, bits, location = found.groups()
+            accesses.append(
+                Access(
+                    kind == "load", (int(rows), int(columns)), int(bits) // 8, offset_bits(pointer), source(location),
+                    base(pointer), loop,
+                )
+            )  # fmt: skip
     if not any(access.itemsize > 1 for access in accesses):
         raise UnreadableError("Triton's code has no access to a tile")
     return accesses
 
 
+def _lines_of_loops(ttir: str) -> Iterator[tuple[int, str]]:
+    """Every line, with the number of the innermost loop that it is in."""
+    depth, number = 0, 0
+    open_loops = [(-1, 0)]
+    for line in ttir.splitlines():
+        deeper = line.count("{") - line.count("}")
+        if deeper > 0 and re.search(r"\bscf\.(for|while)\b", line):
+            number += 1
+            open_loops.append((depth, number))
+        depth += deeper
+        if depth <= open_loops[-1][0]:
+            open_loops.pop()
+        yield open_loops[-1][1], line
+
+
 FLOAT_ATOMIC = re.compile(r"(RED|ATOM)\w*\..*(F16|BF16|F32|F64)|(global|buffer|flat)_atomic_\w*f(16|32|64)")
 FLOAT64 = re.compile(r"^D(ADD|MUL|FMA|SETP|MNMX)\b|F64|^MUFU.*64|_f64")
-_NVIDIA_ACCESS = re.compile(r"(LDG|STG)\b(?:.*?\.[US]?(8|16|64|128|256)(?=\.|$))?")
-_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_[us]?(byte|short|dword(?:x\d)?)")
-_AMD_BITS = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
-
-
-def width_of(opcode: str, loads: bool) -> int:
-    """Bits that each thread moves in a load from, or a store to, global memory; 0 for any other instruction."""
-    if access := _NVIDIA_ACCESS.match(opcode):
-        return int(access[2] or 32) if (access[1] == "LDG") == loads else 0
-    if access := _AMD_ACCESS.match(opcode):
-        return _AMD_BITS[access[2]] if (access[1] == "load") == loads else 0
-    return 0
 
 
 def widths(opcodes: Iterable[str], loads: bool) -> dict[int, int]:
@@ -128,9 +187,6 @@ def read_back(kernel: CompiledKernel) -> MachineCode:
     return read_amdgcn(kernel.asm["amdgcn"])
 
 
-_SASS = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-
-
 @lru_cache(maxsize=1024)
 def read_cubin(cubin: bytes, ptx: str) -> MachineCode:
     """Of NVIDIA's format, by the disassembler that Triton's package carries. A spill is a use of local memory.
@@ -141,9 +197,10 @@ def read_cubin(cubin: bytes, ptx: str) -> MachineCode:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        sass = _output_of(knobs.nvidia.nvdisasm.path, "-c", file.name)
+        sass = _output_of(knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
         usage = _output_of(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-    opcodes = [opcode for opcode in _SASS.findall(sass) if opcode != "NOP"]
+    code = instructions(sass)
+    opcodes = [instruction.opcode for instruction in code]
     transfers = transfers_of(ptx)
     for loads in (True, False):
         written, assembled = Counter(t.width for t in transfers if t.loads == loads), widths(opcodes, loads)
@@ -153,7 +210,13 @@ def read_cubin(cubin: bytes, ptx: str) -> MachineCode:
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     if not opcodes or len(found) != 3:
         raise UnreadableError("the disassembler's output is not as it was")
-    return MachineCode(opcodes, transfers, int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"]))
+    spilled = int(found["STACK"]) + int(found["LOCAL"])
+    try:
+        loop = inner_loop(code)
+    except UnreadableError:
+        # A merge has none, and whether it should have one is the reader's to say.
+        loop = None
+    return MachineCode(opcodes, transfers, int(found["REG"]), spilled, loop)
 
 
 def _output_of(*command: str) -> str:
@@ -166,30 +229,45 @@ def _output_of(*command: str) -> str:
 _PTX_FILE = re.compile(r'^\s*\.file\s+(\d+) "(.+?)"', re.MULTILINE)
 _PTX = re.compile(
     r"^\s*(?:\.loc\s+(\d+) (\d+)|// (begin|end) inline asm"
-    r"|(?:@!?%p\d+ )?(ld|st)\.(?:\w+\.)*global\S*?(?:\.v(\d))?\.[a-z](\d+) )",
+    r"|(?:@!?%p\d+ )?(ld|st)\.(?:\w+\.)*global\S*?(?:\.v(\d))?\.[a-z](\d+) "
+    r"|cp\.async\.\w+\.shared\.global \[.*?\], \[.*?\], (0x\w+)"
+    r"|(?:@!?%p\d+ )?bra(?:\.uni)?\s+(\$\w+);|(\$L__BB\w+):)",
     re.MULTILINE,
 )
 
 
 def transfers_of(ptx: str) -> list[Transfer]:
-    """Each with the statement that it was written for.
+    """Each with the statement that it was written for, and whether it is in the inner loop.
 
     Triton writes a load as inline assembly of several lines. LLVM, as of Triton 3.8, counts a line of the source for
     each of them, so that the load itself is said to be of a line further on, which may be another statement's.
     """
     files = dict(_PTX_FILE.findall(ptx))
     source = ("", 0)
-    transfers = []
+    transfers: dict[int, Transfer] = {}
+    branches: list[tuple[int, str]] = []
+    labels: dict[str, int] = {}
     inside = counting = False
-    for file, line, mark, kind, vector, bits in _PTX.findall(ptx):
+    for at, (file, line, mark, kind, vector, bits, copied, target, label) in enumerate(_PTX.findall(ptx)):
         if mark:
             inside, counting = mark == "begin", False
+        elif copied:
+            transfers[at] = Transfer(True, 8 * int(copied, 16), source)
         elif kind:
-            transfers.append(Transfer(kind == "ld", int(vector or 1) * int(bits), source))
+            transfers[at] = Transfer(kind == "ld", int(vector or 1) * int(bits), source)
+        elif target:
+            branches.append((at, target))
+        elif label:
+            labels[label] = at
         else:
             source = source if counting else (files.get(file, ""), int(line))
             counting = inside
-    return transfers
+
+    def loaded(loop: range) -> int:
+        return sum(t.width for at, t in transfers.items() if t.loads and at in loop)
+
+    inner = innermost(((at, labels[target]) for at, target in branches if target in labels), loaded) or range(0)
+    return [transfer._replace(inner=at in inner) for at, transfer in transfers.items()]
 
 
 _GCN = re.compile(r'^\t\.file\t(\d+) "(.*?)" "(.*?)"|^\t\.loc\t(\d+) (\d+)|^\t([a-z]\w+) ', re.MULTILINE)
@@ -215,4 +293,4 @@ def read_amdgcn(assembly: str) -> MachineCode:
     if not opcodes or len(found) != 3:
         raise UnreadableError("the assembly is not as it was")
     spilled = int(found["sgpr_spill_count"]) + int(found["vgpr_spill_count"])
-    return MachineCode(opcodes, transfers, int(found["vgpr_count"]), spilled)
+    return MachineCode(opcodes, transfers, int(found["vgpr_count"]), spilled, None)

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
+from resfused.kernels import gpu
+from resfused.kernels.geometry import geometry
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+# The residual, and whether it is normed too.
+FORMS = {"norm+relu": (False, False), "norm+add+relu": (True, False), "norm+add(norm)+relu": (True, True)}
+FORWARD, BACKWARD, FORKED, EVAL = PHASES = (
+    "training forward", "training backward", "training backward of a fork", "eval forward"
+)  # fmt: skip
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
 class Launch(NamedTuple):
@@ -62,3 +76,62 @@ def compiling_for(architecture: str) -> Iterator[list[Launch]]:
     finally:
         JITFunction.run = run
         driver._active = previous
+
+
+@contextmanager
+def compiler_environment() -> Iterator[None]:
+    """Processes started within it compile, whatever this one does, and find nothing compiled before."""
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ.pop("TRITON_INTERPRET", None)
+        os.environ["TRITON_CACHE_DIR"] = cache
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def compile_launches(form: str, phase: str, dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> None:
+    """Makes the launches of one form and phase, on tensors that have no data."""
+    has_residual, norm_residual = FORMS[form]
+
+    def activation() -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta", memory_format=LAYOUTS[layout])
+
+    def norm() -> gpu.Norm:
+        vectors = [torch.empty(shape[1], dtype=accumulator, device="meta") for _ in range(4)]
+        return gpu.Norm(*vectors, momentum=0.1, eps=1e-5)
+
+    accumulator = gpu.accumulator(activation())
+    x = activation()
+    residual = activation() if has_residual else None
+    norms = norm(), norm() if norm_residual else None
+    if phase in (FORWARD, EVAL):
+        gpu.forward(x, residual, *norms, training=phase == FORWARD, save_mask=phase == FORWARD)
+        return
+    masked = has_residual and not norm_residual
+    gpu.backward(
+        activation(),
+        activation() if phase == FORKED else None,
+        x,
+        residual if norm_residual else None,
+        dtype if masked else None,
+        torch.empty(geometry(x).mask_numel, dtype=torch.uint8, device="meta") if masked else None,
+        torch.empty((4 if norm_residual else 2, shape[1]), dtype=accumulator, device="meta"),
+        *norms,
+        gpu.Gradients(*[True] * 6),
+    )
+
+
+class Fills(TorchDispatchMode):
+    """Within it PyTorch's own kernels beside ours are counted: what it fills or copies, and not what it only makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        self.launches += name.endswith("_") or "zeros" in name or "ones" in name or name in ("full", "clone", "cat")
+        return function(*args, **(kwargs or {}))

@@ -14,6 +14,8 @@ from console import progress
 from console.progress import Progress, track
 from console.rows import Rows
 from count import audit, coverage, host, traffic
+from count.budgets import Loop, Row, StepCount
+from count.ceilings import Ceiling
 from measure import kernel_profile, measuring, network_timing, node_timing
 from measure.variants import VARIANTS
 from record.results import KernelTime, NetworkTime, NodeTime, Results, Run, StepProfile
@@ -99,10 +101,14 @@ def traffic_tables():
 
 
 def audited():
-    row = audit.Row(
+    row = Row(
         "sm_90", "merge_statistics", FORMS[2], "training backward", "bfloat16", "channels_last", (4096, 64, 256, 128),
-        "", (65535, 32, 1), 8, 255, 16, 114688, 1234, {128: 12, 32: 4, 8: 2}, {128: 2, 16: 4}, 0, 0, 64, 128, 64, 32,
-        65536, 65536,
+        "", (65535, 32, 1), 8, 255, 16, 114688, 1234, {128: 12, 32: 4, 8: 2}, {128: 2, 16: 4}, 0, 0, 64, 128, 64,
+        65536,
+        Loop(
+            16, 2, 23.9, {"ALU": 12.4}, 6.1, 10, 62.06, 0.06, False, 14336, 4.0, Ceiling(11.5, "issue"),
+            {"H100": Ceiling(2.9, "in flight"), "H200": Ceiling(3.2, "last wave")},
+        ),
     )  # fmt: skip
     return [
         replace(row, kernel=kernel, form=form, layout=layout, hash=f"{kernel} {form} {layout}")
@@ -182,7 +188,10 @@ TABLES = {
     "goals": lambda tmp_path: [goals()],
     "left out": lambda tmp_path: [left_out(tmp_path)],
     "traffic": lambda tmp_path: traffic_tables(),
-    "audit": lambda tmp_path: [lambda console: audit.show(audited(), console)],
+    "audit": lambda tmp_path: [
+        lambda console: audit.show(audited(), console),
+        audit.goal_table(audited(), [StepCount("sm_90", "channels_last", 294, 23)]),
+    ],
     "host": lambda tmp_path: [host_times()],
     "coverage": lambda tmp_path: [
         coverage._table(covered(), "triton"),
