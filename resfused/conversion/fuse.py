@@ -11,6 +11,7 @@ from .fused_forward import FusedForward
 from .planning import Filter, Planner
 from .reasons import left
 from .report import Report
+from .tracing import traceable
 
 
 def fuse_(model: nn.Module, filter_fn: Filter | None = None) -> Report:
@@ -27,10 +28,13 @@ def fuse_(model: nn.Module, filter_fn: Filter | None = None) -> Report:
     not a module or ``filter_fn`` not callable; ValueError where ``model`` is compiled already.
     """
     _check(model, filter_fn)
-    planner = Planner(model, filter_fn)
-    forwards = planner.forwards()
-    fused = planner.fused()
-    report = Report(fused, left(planner, fused), _on_kernels(model))
+
+    def planned() -> tuple[list[FusedForward], Report]:
+        planner = Planner(model, filter_fn)
+        fused = planner.fused()
+        return planner.forwards(), Report(fused, left(planner, fused), _on_kernels(model))
+
+    forwards, report = traceable(model, planned)
     unfuse_(model)
     for forward in forwards:
         forward.put_on()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import builtins
 import inspect
 import linecache
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from itertools import count
 from pkgutil import resolve_name
@@ -20,11 +22,13 @@ from torch.fx.node import _get_qualified_name
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..blocks import ForkedBlock, takes_pairs
-from ..norms import is_watched
-from .matching import is_norm
+from ..norms import is_norm, is_watched
+from .signature import Call, parameters, plain_signature
 from .tracing import Container, Read
 
 _numbers = count()
+MOST_CALLS = 16
+"""That one module is planned for: a number that changes from call to call is no reason to go on."""
 
 
 class Kind(NamedTuple):
@@ -43,7 +47,6 @@ class Plan:
 
     source: str
     names: dict[str, Any]
-    inputs: tuple[str, ...]
     paired: bool
     takes_pair: bool
     reads: tuple[Read, ...]
@@ -63,32 +66,45 @@ class Plan:
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = (
-            self.source, {name: _reference(value) for name, value in self.names.items()}, self.inputs, self.paired,
+            self.source, {name: _reference(value) for name, value in self.names.items()}, self.paired,
             self.takes_pair, self.reads, self.containers, self.kinds, self.norms, self.readers,
         )  # fmt: skip
         return _restored, state
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the module is still what the code was generated for."""
+        return self.change(module) is None
+
+    def change(self, module: nn.Module) -> tuple[str, str] | None:
+        """What is not as it was any more: of which submodule, and what."""
         for path, name, value in self.reads:
-            found = getattr(at(module, path), name, _MISSING)
-            if type(found) is not type(value) or found != value:
-                return False
-            # Equal too: [True] and [1], which are not the same to the code.
-            if isinstance(value, _CONTAINERS) and repr(found) != repr(value):
-                return False
+            if not is_same(getattr(at(module, path), name, _MISSING), value):
+                return path, f"its {name} is another"
         for path, names in self.containers:
             container = at(module, path)
             if container is None or tuple(container._modules) != names:
-                return False
-        if not all(is_still(module, kind) for kind in self.kinds):
-            return False
-        norms = (at(module, path) for path in self.norms)
-        return all(norm is not None and is_norm(norm) and not is_watched(norm) for norm in norms)
+                return path, "it has other children"
+        for kind in self.kinds:
+            if not is_still(module, kind):
+                return kind.path, "it is of another class, or a hook is on it"
+        for path in self.norms:
+            norm = at(module, path)
+            if norm is None or not is_norm(norm) or is_watched(norm):
+                return path, "it is no BatchNorm of PyTorch's any more, or a hook is on it"
+        return None
 
 
 _MISSING = object()
 _CONTAINERS = (list, tuple, set, frozenset, dict)
+
+
+def is_same(found: Any, value: Any) -> bool:
+    if type(found) is not type(value):
+        return False
+    if isinstance(value, partial):
+        return (found.func, found.args, found.keywords) == (value.func, value.args, value.keywords)
+    # Equal too: [True] and [1], which are not the same to the code.
+    return bool(found == value) and (not isinstance(value, _CONTAINERS) or repr(found) == repr(value))
 
 
 def at(module: nn.Module, path: str) -> nn.Module | None:
@@ -107,68 +123,94 @@ def is_still(module: nn.Module, kind: Kind) -> bool:
     return found is not None and type(found) is kind.type and not is_watched(found)
 
 
-_ATTRIBUTES = ("forward", "_replicate_for_data_parallel", "extra_repr")
+ATTRIBUTES = ("forward", "_replicate_for_data_parallel", "extra_repr")
 
 
 class FusedForward:
     """``module.forward`` of a fused module. It is copied and pickled with the module."""
 
-    def __init__(self, module: nn.Module, plans: tuple[Plan, ...], places: tuple[str, ...]):
+    def __init__(
+        self,
+        module: nn.Module,
+        plans: dict[str, tuple[Plan, ...]],
+        places: tuple[str, ...],
+        refused: frozenset[str] = frozenset(),
+    ):
         self.module = module
+        self.parameters = parameters(module)
+        self.plain = plain_signature(module)
         self.plans = plans
+        """By the signature of the call."""
         self.places = places
         """Of each: its form, and in brackets its norms."""
+        self.refused = refused
+        """The paths of the norms that are not to be fused."""
 
     def put_on(self) -> None:
         """Not as parameters, buffers or submodules: they lie in the instance's dictionary, over the class's methods."""
-        for name, function in zip(_ATTRIBUTES, (self, self.replica, self.extra_repr), strict=True):
+        for name, function in zip(ATTRIBUTES, (self, self.replica, self.extra_repr), strict=True):
             object.__setattr__(self.module, name, function)
 
     def take_off(self) -> None:
-        for name in _ATTRIBUTES:
+        for name in ATTRIBUTES:
             object.__delattr__(self.module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self._plan()
-        if plan is not None and kwargs:
-            args, kwargs = _by_position(plan.inputs, args, kwargs)
-        if plan is None or kwargs or len(args) != len(plan.inputs) or not all(isinstance(a, Tensor) for a in args):
+        if _is_looked_into():
+            return type(self.module).forward(self.module, *args, **kwargs)
+        call = self.parameters.call(args, kwargs)
+        plan = None if call is None else self._plan(call)
+        if call is None or plan is None:
             return type(self.module).forward(self.module, *args, **kwargs)
         if plan.paired:
-            return plan.run(self.module, args[0], args[0], False)[0]
-        return plan.run(self.module, *args)
+            return plan.run(self.module, call.tensors[0], call.tensors[0], False)[0]
+        return plan.run(self.module, *call.tensors)
 
     def replica(self) -> nn.Module:
         """What nn.DataParallel asks of a module: a shallow copy, which would have the forward of the original."""
         replica = type(self.module)._replicate_for_data_parallel(self.module)
-        FusedForward(replica, self.plans, self.places).put_on()
+        FusedForward(replica, self.plans, self.places, self.refused).put_on()
         return replica
 
     def extra_repr(self) -> str:
         """What the module's repr says of it, and in a line of its own what is fused."""
         own = type(self.module).extra_repr(self.module)
         what = ", ".join(self.places) or "pairs handed on"
-        if not any(plan.holds(self.module) for plan in self.plans):
+        if not any(plan.holds(self.module) for plans in self.plans.values() for plan in plans):
             what = "no more: the module has changed, call fuse_ again"
         return "\n".join([own] * bool(own) + [f"fused: {what}"])
 
     def forward_forked(self, x: Tensor, shortcut: Tensor, forked: bool) -> tuple[Tensor, Tensor] | None:
         """See ``ForkedBlock``; None where the module must be called as any other."""
-        plan = self._plan()
+        if _is_looked_into():
+            return None
+        plan = next((plan for plan in self.plans.get(self.plain, ()) if plan.holds(self.module)), None)
         if plan is None or not plan.paired or is_watched(self.module):
             return None
         if not all(is_still(self.module, reader) for reader in plan.readers):
             return None
         return plan.run(self.module, x, shortcut if plan.takes_pair else x, forked)
 
-    def _plan(self) -> Plan | None:
-        # torch.jit.trace wants operators that a program without this package has.
-        if _has_any_global_hook() or torch.jit.is_tracing():
-            return None
-        for plan in self.plans:
+    def _plan(self, call: Call) -> Plan | None:
+        plans = self.plans.get(call.signature)
+        if plans is None:
+            plans = self._new_plans(call)
+        for plan in plans:
             if plan.holds(self.module):
                 return plan
         return None
+
+    def _new_plans(self, call: Call) -> tuple[Plan, ...]:
+        """Of a call that the code of the model did not show: from a script, or from code that cannot be traced."""
+        # PyTorch is patched for it, which compilers cannot see through and other threads must not meet half-way.
+        planned = threading.current_thread() is threading.main_thread() and not torch.compiler.is_compiling()
+        if not planned or len(self.plans) >= MOST_CALLS:
+            return ()
+        # It imports this module.
+        from .planning import plans_of
+
+        self.plans[call.signature] = plans_of(self.module, call, self.refused)
+        return self.plans[call.signature]
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -178,6 +220,11 @@ class FusedForward:
     def __code__(self) -> CodeType:
         """Where torch.export says that the forward is written."""
         return type(self.module).forward.__code__
+
+
+def _is_looked_into() -> bool:
+    """Whether every call is to be seen: by hooks, or by torch.jit.trace, whose programs do without this package."""
+    return _has_any_global_hook() or torch.jit.is_tracing()
 
 
 def forked_call(module: nn.Module, x: Tensor, shortcut: Tensor, forked: bool) -> tuple[Tensor, Tensor]:
@@ -190,16 +237,6 @@ def forked_call(module: nn.Module, x: Tensor, shortcut: Tensor, forked: bool) ->
         return pair
     y = module(x)
     return y, y
-
-
-def _by_position(
-    inputs: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments by position, where all of them are inputs; else as they are."""
-    missing = inputs[len(args) :]
-    if kwargs.keys() != set(missing):
-        return args, kwargs
-    return (*args, *(kwargs[name] for name in missing)), {}
 
 
 def _compiled(source: str, names: dict[str, Any]) -> Callable[..., Any]:

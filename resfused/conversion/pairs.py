@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from ..norms import is_norm
 from .calls import functional_tail, tail_pair
 from .fused_forward import forked_call
-from .matching import is_fresh, is_identity, is_norm
+from .matching import is_fresh, reads_shape
 
 _READS = (
     tail_pair, functional_tail, getattr, operator.add, torch.add, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, F.linear,
@@ -70,11 +72,12 @@ def open_ends(graph: fx.Graph, x: fx.Node, output: fx.Node, maker: fx.Node | Non
     output.update_arg(0, (result, twin))
 
 
-def readers(graph: fx.Graph, root: nn.Module, node: fx.Node, inner: dict[nn.Module, fx.Graph]) -> list[str] | None:
-    """The submodules of ``root`` that are given the value, where all that is done with it is to read it; else None.
+Inner = Callable[[nn.Module, fx.Node], fx.Graph | None]
+"""The graph of a submodule with code of its own, as a node calls it."""
 
-    ``inner``: the graphs of submodules with code of their own.
-    """
+
+def readers(graph: fx.Graph, root: nn.Module, node: fx.Node, inner: Inner) -> list[str] | None:
+    """The submodules of ``root`` that are given the value, where all that is done with it is to read it; else None."""
     found: list[str] = []
     for user in node.users:
         more = _reader(graph, root, user, node, inner)
@@ -84,11 +87,9 @@ def readers(graph: fx.Graph, root: nn.Module, node: fx.Node, inner: dict[nn.Modu
     return found
 
 
-def _reader(
-    graph: fx.Graph, root: nn.Module, user: fx.Node, node: fx.Node, inner: dict[nn.Module, fx.Graph]
-) -> list[str] | None:
-    if user.op == "call_method":
-        return [] if user.target in ("size", "dim") else None
+def _reader(graph: fx.Graph, root: nn.Module, user: fx.Node, node: fx.Node, inner: Inner) -> list[str] | None:
+    if reads_shape(user):
+        return []
     if user.op == "call_function":
         return _function_reader(user, node)
     if user.op != "call_module":
@@ -97,12 +98,12 @@ def _reader(
     module = root.get_submodule(path)
     if is_fresh(module) or is_norm(module):
         return [path]
-    if is_identity(module):
+    if type(module) is nn.Identity:
         further = readers(graph, root, user, inner)
         return None if further is None else [path, *further]
-    if module not in inner or len(user.args) != 1 or user.kwargs:
+    child = inner(module, user)
+    if child is None or len(user.args) != 1 or user.kwargs:
         return None
-    child = inner[module]
     (x,) = child.find_nodes(op="placeholder")[:1]
     further = readers(child, module, x, inner)
     return None if further is None else [path, *(f"{path}.{p}" for p in further)]

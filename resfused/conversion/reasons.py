@@ -6,30 +6,39 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..norms import is_watched
-from .matching import Matcher, calls_of, is_identity, is_norm
-from .planning import Planner
+from ..norms import is_norm, is_watched
+from .matching import Matcher, calls_of, uses
+from .planning import Planner, has_code
 from .report import Fused, Left
 from .tracing import UntraceableError, a_type
 
 
 def left(planner: Planner, fused: tuple[Fused, ...]) -> tuple[Left, ...]:
-    """Every BatchNorm that is in none of the fused places, nor in a block or norm of resfused's own."""
-    done = {name for entry in fused for name in entry.norms}
-    return tuple(
-        Left(name, _reason(planner, module))
-        for module, name in planner.names.items()
-        if isinstance(module, _BatchNorm) and name not in done and not planner.is_ours(module)
-    )
+    """Every BatchNorm that is in no place fused in training, nor in a block or norm of resfused's own."""
+    done = {name for entry in fused if entry.in_training for name in entry.norms}
+    evaluated = {name for entry in fused for name in entry.norms} - done
+    found = []
+    for module, name in planner.names.items():
+        if _is_frozen(module):
+            found.append(Left(name, f"it is {a_type(module)}, which computes with plain operators, and no BatchNorm"))
+        elif isinstance(module, _BatchNorm) and name not in done and not planner.is_ours(module):
+            reason = _reason(planner, module)
+            found.append(Left(name, f"fused in evaluation only: {reason}" if name in evaluated else reason))
+    return tuple(found)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether it is one of the norms with fixed statistics that torchvision, timm and detectron2 have."""
+    return type(module).__name__.startswith("FrozenBatchNorm") and not isinstance(module, _BatchNorm)
 
 
 def _reason(planner: Planner, norm: nn.Module) -> str:
     if not planner.allowed(norm):
         return "filter_fn refuses it"
-    if is_watched(norm):
-        return "a hook is on it"
     if isinstance(norm, nn.modules.batchnorm._LazyNormBase):
         return "it is lazy: run the model once before"
+    if is_watched(norm):
+        return "a hook is on it"
     if not is_norm(norm):
         return _inside(planner, norm)
     return _use(planner, norm)
@@ -37,45 +46,49 @@ def _reason(planner: Planner, norm: nn.Module) -> str:
 
 def _inside(planner: Planner, norm: nn.Module) -> str:
     """Of a subclass with a forward of its own."""
-    try:
-        graph = planner.trace(norm, True).graph
-    except UntraceableError as error:
-        return f"the forward of its class {type(norm).__name__} cannot be traced: {error}"
-    calls = graph.find_nodes(op="call_function", target=F.batch_norm)
-    if len(calls) != 1:
-        return f"the forward of its class {type(norm).__name__} calls F.batch_norm {len(calls)} times"
-    return _follow(planner, Matcher(graph, norm, planner.allowed), calls[0])
+    for call in planner.calls_of(norm):
+        try:
+            graph = planner.traces.of(norm, call, True).graph
+        except UntraceableError as error:
+            return f"the forward of its class {type(norm).__name__} cannot be traced: {error}"
+        calls = graph.find_nodes(op="call_function", target=F.batch_norm)
+        if len(calls) != 1:
+            return f"the forward of its class {type(norm).__name__} calls F.batch_norm {len(calls)} times"
+        return _follow(planner, planner.matcher(graph, norm), calls[0])
+    return f"its class {type(norm).__name__} is called with something else than tensors"
 
 
 def _use(planner: Planner, module: nn.Module) -> str:
     """What becomes of the module's output."""
     for ancestor in planner.ancestors(module):
         path = planner.names[module].removeprefix(planner.names[ancestor]).lstrip(".")
-        if isinstance(ancestor, (nn.ModuleList, nn.ModuleDict)):
+        if not has_code(ancestor):
             continue
-        try:
-            graph = planner.trace(ancestor, True).graph
-        except UntraceableError as error:
-            return f"{_named(planner, ancestor)} cannot be traced: {error}"
-        calls = list(calls_of(graph, path))
-        if len(calls) > 1:
-            return f"{_named(planner, ancestor)} calls it {len(calls)} times"
-        if calls:
-            return _follow(planner, Matcher(graph, ancestor, planner.allowed), calls[0])
+        for call in planner.calls_of(ancestor):
+            try:
+                graph = planner.traces.of(ancestor, call, True).graph
+            except UntraceableError as error:
+                return f"{_named(planner, ancestor)} cannot be traced: {error}"
+            calls = list(calls_of(graph, path))
+            if len(calls) > 1:
+                return f"{_named(planner, ancestor)} calls it {len(calls)} times"
+            if calls:
+                return _follow(planner, planner.matcher(graph, ancestor), calls[0])
     return "no code that could be traced calls it, or its output is the model's"
 
 
 def _follow(planner: Planner, matcher: Matcher, node: fx.Node) -> str:
     what = "its output"
     while True:
-        if len(node.users) != 1:
-            return f"{what} is used {len(node.users)} times"
-        (user,) = node.users
+        found = uses(node)
+        if len(found) != 1:
+            return f"{what} is used {len(found)} times"
+        (user,) = found
         if user.op == "output":
             return _use(planner, matcher.root)
         if matcher.addends(user) is not None and what == "its output":
             what = "its sum with the other addend"
-        elif not is_identity(matcher.module(user)):
+        elif not matcher.is_identity(user):
             return _followed(planner, matcher, user, what)
         node = user
 

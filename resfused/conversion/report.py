@@ -21,7 +21,7 @@ class Fused:
 
     ``module``: the qualified name of the module whose forward has it; ``form``: ``"norm+relu"``, ``"norm+add+relu"`` or
     ``"norm+add(norm)+relu"``; ``norms``: the qualified names of its one or two BatchNorms; ``forked``: whether its
-    output goes to the next block as a pair; ``in_training``: False where it is fused in evaluation only.
+    output goes to the next block as a pair; ``in_training``, ``in_evaluation``: whether it is fused there.
     """
 
     module: str
@@ -29,6 +29,7 @@ class Fused:
     norms: tuple[str, ...]
     forked: bool
     in_training: bool
+    in_evaluation: bool = True
 
     @property
     def passes_saved(self) -> float:
@@ -45,7 +46,7 @@ class Fused:
 
 @dataclass(frozen=True)
 class Left:
-    """A BatchNorm that was left as it is: its qualified name, and why."""
+    """A BatchNorm that is not fused in training: its qualified name, and why."""
 
     norm: str
     reason: str
@@ -62,8 +63,18 @@ class Report:
 
     @property
     def norms(self) -> tuple[str, ...]:
-        """The qualified names of all BatchNorms that are in fused places."""
-        return tuple(norm for entry in self.fused for norm in entry.norms)
+        """The qualified names of all BatchNorms that are fused in training."""
+        return self._in([entry for entry in self.fused if entry.in_training])
+
+    @property
+    def norms_in_evaluation(self) -> tuple[str, ...]:
+        """The qualified names of all BatchNorms that are fused in evaluation."""
+        return self._in([entry for entry in self.fused if entry.in_evaluation])
+
+    @staticmethod
+    def _in(places: list[Fused]) -> tuple[str, ...]:
+        """Each once: it may be in places of two forms."""
+        return tuple(dict.fromkeys(norm for entry in places for norm in entry.norms))
 
     @property
     def passes_saved(self) -> float:
@@ -87,7 +98,10 @@ class Report:
 
     def _summary(self) -> list[str]:
         norms = _counted(len(self.norms) + len(self.left), "norm")
-        first = f"{len(self.norms)} of {norms} fused in {_counted(len(self.fused), 'place')}"
+        first = f"{len(self.norms)} of {norms} fused in {_counted(sum(f.in_training for f in self.fused), 'place')}"
+        if {*self.norms} != {*self.norms_in_evaluation}:
+            places = _counted(sum(f.in_evaluation for f in self.fused), "place")
+            first += f" in training, {len(self.norms_in_evaluation)} in {places} in evaluation"
         if not self.fused or self.on_kernels:
             return [first]
         return [first, "where the model is now, PyTorch's own operators run: on a GPU the kernels will"]

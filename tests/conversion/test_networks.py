@@ -46,16 +46,15 @@ STRUCTURE = {
     "timm/ecaresnet50d": (55, 35, 4, 0, 4, 16),
     # Pre-activation: three norms in each of 16 blocks and one behind them, none before an addition.
     "timm/resnetv2_50": (49, 49, 0, 0, 0, 0),
-    # The encoder's loop over its four stages has an argument that decides: pairs within stages.
-    "transformers/resnet18": (20, 9, 5, 3, 4, 0),
-    "transformers/resnet50": (53, 33, 12, 4, 12, 0),
+    "transformers/resnet18": (20, 9, 5, 3, 7, 0),
+    "transformers/resnet50": (53, 33, 12, 4, 15, 0),
     # 3n blocks, no pooling behind the stem; two stages begin with a projection.
     "cifar/resnet20": (21, 10, 7, 2, 9, 0),
     "cifar/resnet56": (57, 28, 25, 2, 27, 0),
     "small/torchvision_basic": (8, 4, 2, 1, 2, 0),
     "small/torchvision_bottleneck": (12, 7, 1, 2, 2, 0),
     "small/timm_attention": (15, 6, 4, 0, 3, 5),
-    "small/transformers_basic": (10, 5, 3, 1, 2, 0),
+    "small/transformers_basic": (10, 5, 3, 1, 3, 0),
     "small/cifar_resnet8": (9, 4, 1, 2, 3, 0),
 }
 ATTENTION = {"timm/seresnet50": "SEModule", "timm/ecaresnet50d": "EcaModule", "small/timm_attention": "SEModule"}

@@ -36,7 +36,7 @@ def report_of_everything() -> Report:
 def test_in_short_is_at_most_15_lines(on_kernels):
     lines = str(Report(report_of_everything().fused, report_of_everything().left, on_kernels)).splitlines()
     assert len(lines) <= 15
-    assert lines[0] == "12 of 40 norms fused in 12 places"
+    assert lines[0] == "6 of 34 norms fused in 6 places in training, 12 in 12 places in evaluation"
     assert "     7 reason 0" in lines
     assert "       layer0.0.bn, layer0.1.bn, layer0.2.bn and 4 more" in lines
     assert lines[-1] == "     6 for 3 other reasons: see table()"

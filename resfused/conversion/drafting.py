@@ -1,0 +1,202 @@
+"""A module's code with fused calls in it: the code of those submodules put in that a site has parts of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from ..norms import is_norm, is_watched
+from .fused_forward import Kind, Plan
+from .matching import Matcher, Site, is_called_once, is_fresh, result_of, uses
+from .signature import Call, call_of, plain_call
+from .traces import Traces
+from .tracing import Container, Read, UntraceableError
+
+
+@dataclass
+class Draft:
+    """A module's graph in one mode, on its way to a ``Plan``."""
+
+    graph: fx.Graph
+    reads: dict[tuple[str, str], Read]
+    containers: dict[str, Container]
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    inlined: list[str] = field(default_factory=list)
+    readers: tuple[Kind, ...] = ()
+    takes_pair: bool = False
+    gives_pair: bool = False
+    hands_on: bool = False
+
+    @property
+    def depends_on_mode(self) -> bool:
+        return any(name == "training" for _, name in self.reads)
+
+    def plan(self) -> Plan:
+        code = self.graph.python_code("self")
+        return Plan(
+            code.src, code.globals, self.takes_pair or self.gives_pair, self.takes_pair,
+            tuple(self.reads.values()), tuple(self.containers.values()), tuple(self.kinds.values()),
+            tuple(path for site in self.sites if not site.functional for path in site.norms), self.readers,
+        )  # fmt: skip
+
+
+def plans(drafts: list[Draft]) -> tuple[Plan, ...]:
+    """Of the same call in training and evaluation, those that run other code than the module's own."""
+    if not any(draft.depends_on_mode for draft in drafts):
+        drafts = drafts[:1]
+    # What asks for the mode before what holds in both.
+    ordered = sorted(drafts, key=lambda draft: not draft.depends_on_mode)
+    return tuple(draft.plan() for draft in ordered if draft.sites or draft.hands_on)
+
+
+class Drafter:
+    """``allowed``: whether a norm may be fused."""
+
+    def __init__(self, traces: Traces, allowed: Callable[[nn.Module], bool]):
+        self.traces = traces
+        self.allowed = allowed
+
+    def draft(self, module: nn.Module, call: Call, training: bool) -> Draft | None:
+        """None where the module cannot be traced."""
+        try:
+            traced = self.traces.of(module, call, training)
+        except UntraceableError:
+            return None
+        graph = copy.deepcopy(traced.graph)
+        draft = Draft(graph, {r[:2]: r for r in traced.reads}, {c.path: c for c in traced.containers})
+        matcher = self.matcher(draft.graph, module, training)
+        while (node := self._to_inline(matcher)) is not None:
+            self._inline(draft, matcher, node)
+        draft.sites = matcher.fuse()
+        draft.reads |= {read[:2]: read for read in matcher.taken_for_granted}
+        for path in (*(path for site in draft.sites for path in site.skipped), *sorted(matcher.relied_on)):
+            draft.kinds[path] = Kind(path, type(module.get_submodule(path)))
+        return draft
+
+    def matcher(self, graph: fx.Graph, root: nn.Module, training: bool) -> Matcher:
+        return Matcher(graph, root, training, self.allowed, lambda child: self._gives_fresh(child, training))
+
+    def _gives_fresh(self, module: nn.Module, training: bool) -> bool:
+        """Whether its output is a tensor of its own: attention scales a branch so."""
+        if is_fresh(module):
+            return True
+        graph = self.traces.graph(module, plain_call(module), training)
+        if graph is None:
+            return False
+        result = result_of(graph)
+        alone = isinstance(result, fx.Node) and len(uses(result)) == 1
+        return alone and self.matcher(graph, module, training).is_fresh(result)
+
+    def _to_inline(self, matcher: Matcher) -> fx.Node | None:
+        """A call of a module whose code has the norm, the identity or the ReLU of a site."""
+        for node in matcher.graph.nodes:
+            if self._inner(matcher, node) is None or not node.args:
+                continue
+            source = node.args[0]
+            if self._computes_only(matcher, node, "relu") and self._ends_a_site(matcher, source):
+                return node
+            wanted = self._ends_in_norm(matcher, node) or (
+                self._computes_only(matcher, node, "identity") and self._ends_a_site(matcher, source)
+            )
+            if wanted and self._reaches_relu(matcher, node):
+                return node
+        return None
+
+    def _inner(self, matcher: Matcher, node: object) -> Matcher | None:
+        """Of the code of the module that ``node`` calls, where it may be put in its place."""
+        module = matcher.module(node)
+        if module is None or is_norm(module) or is_watched(module) or _is_leaf(module):
+            return None
+        if not is_called_once(matcher.graph, str(node.target)):  # type: ignore[attr-defined]
+            return None
+        graph = self.traces.graph(module, call_of(module, node), matcher.training)  # type: ignore[arg-type]
+        return None if graph is None else self.matcher(graph, module, matcher.training)
+
+    def _computes_only(self, matcher: Matcher, node: object, what: str) -> bool:
+        """Whether it calls a ReLU, or nothing, written as a module of its own."""
+        inner = self._inner(matcher, node)
+        if inner is None or len(inner.graph.find_nodes(op="placeholder")) != 1:
+            return False
+        body = [n for n in inner.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+        relus = [n for n in body if inner.is_relu(n)]
+        if len(body) != len(relus):
+            return False
+        result = result_of(inner.graph)
+        if what == "identity":
+            return not relus and isinstance(result, fx.Node) and result.op == "placeholder"
+        return len(relus) == 1 and result is relus[0]
+
+    def _ends_in_norm(self, matcher: Matcher, node: object) -> bool:
+        inner = self._inner(matcher, node)
+        if inner is None:
+            return False
+        result, _ = inner.peel(result_of(inner.graph))
+        return self._is_norm_or_ends_so(inner, result)
+
+    def _is_norm_or_ends_so(self, matcher: Matcher, node: object) -> bool:
+        return matcher.is_norm_call(node) or self._ends_in_norm(matcher, node)
+
+    def _ends_a_site(self, matcher: Matcher, node: object) -> bool:
+        """Whether a ReLU there would be of a norm, or of a sum with one."""
+        node, _ = matcher.peel(node)
+        candidates = matcher.addends(node) or (node,)
+        return any(self._is_norm_or_ends_so(matcher, matcher.peel(c)[0]) for c in candidates)
+
+    def _reaches_relu(self, matcher: Matcher, node: fx.Node) -> bool:
+        """Whether the only use of the value is a ReLU, after identities and additions at most."""
+        while len(found := uses(node)) == 1:
+            (user,) = found
+            if matcher.is_relu(user) or self._computes_only(matcher, user, "relu"):
+                return True
+            if not (
+                matcher.is_identity(user)
+                or matcher.addends(user) is not None
+                or self._computes_only(matcher, user, "identity")
+            ):
+                return False
+            node = user
+        return False
+
+    def _inline(self, draft: Draft, matcher: Matcher, node: fx.Node) -> None:
+        """The graph of the module that ``node`` calls in its place."""
+        module = matcher.root.get_submodule(str(node.target))
+        path = str(node.target)
+        call = call_of(module, node)
+        assert call is not None
+        traced = self.traces.of(module, call, matcher.training)
+        given = iter(call.tensors)
+        values: dict[fx.Node, fx.Node] = {}
+        result: object = None
+        with draft.graph.inserting_before(node):
+            for inner in traced.graph.nodes:
+                if inner.op == "placeholder":
+                    values[inner] = next(given)
+                elif inner.op == "output":
+                    result = values[inner.args[0]]
+                else:
+                    values[inner] = draft.graph.node_copy(inner, values.__getitem__)
+                    if inner.op in ("call_module", "get_attr"):
+                        values[inner].target = f"{path}.{inner.target}"
+        node.replace_all_uses_with(result)  # type: ignore[arg-type]
+        draft.graph.erase_node(node)
+        for read in traced.reads:
+            moved = Read(_join(path, read.path), read.name, read.value)
+            draft.reads[moved[:2]] = moved
+        for container in traced.containers:
+            moved_path = _join(path, container.path)
+            draft.containers[moved_path] = Container(moved_path, container.names)
+        draft.kinds[path] = Kind(path, type(module))
+        draft.inlined.append(path)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether it is PyTorch's own code."""
+    return type(module).__module__.startswith("torch.") and not isinstance(module, nn.Sequential)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
