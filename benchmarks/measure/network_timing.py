@@ -52,10 +52,13 @@ class Way:
     dtype: torch.dtype | None = None
 
     def model(self, network: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """A copy of ``network`` as this way has it, with parameters of ``dtype``."""
+        """A copy of ``network`` as this way has it, with parameters of ``dtype``.
+
+        Raises: RuntimeError where nothing in it can be fused.
+        """
         model = cast(Any, copy.deepcopy(network)).to(dtype, memory_format=LAYOUTS[self.layout])
-        if self.fused:
-            resfused.fuse_(model)
+        if self.fused and not resfused.fuse_(model).fused:
+            raise RuntimeError("fuse_ finds nothing in it")
         return cast(nn.Module, torch.compile(model, mode=self.compiled, dynamic=False)) if self.compiled else model
 
 

@@ -44,6 +44,7 @@ HALF, FLOAT = "bfloat16", "float32"
 class Scope:
     """What is timed on a device where nothing else is asked. ``memories``: see ``memory``."""
 
+    networks: tuple[str, ...]
     batches: tuple[int, ...]
     dtypes: tuple[str, ...]
     layouts: tuple[str, ...]
@@ -54,8 +55,8 @@ class Scope:
 
 
 SCOPES = {
-    "cuda": Scope((256, 32), (HALF,), ("channels_last",), 30),
-    "cpu": Scope((32,), (FLOAT, HALF), ("channels_last", "contiguous"), 7, 0.2, memory.MEMORIES),
+    "cuda": Scope(tuple(NETWORKS), (256, 32), (HALF,), ("channels_last",), 30),
+    "cpu": Scope(("resnet50",), (32,), (FLOAT, HALF), ("channels_last", "contiguous"), 7, 0.2, memory.MEMORIES),
 }
 
 
@@ -237,8 +238,8 @@ def _name(dtype: torch.dtype) -> str:
 def filtered(args: argparse.Namespace, m: Measuring) -> list[Comparison]:
     """A comparison for each dtype and layout, from the filters."""
     found = scope(m)
-    nodes = SMALL if m.small else unique([n for name in args.network or NETWORKS for n in NETWORKS[name]().nodes])
-    if m.device.type == "cpu" and not args.network:
+    nodes = SMALL if m.small else unique([n for name in args.network or found.networks for n in NETWORKS[name]().nodes])
+    if m.device.type == "cpu" and not filters(args):
         nodes = [*nodes, TINY]
     return [
         Comparison(
@@ -253,6 +254,11 @@ def filtered(args: argparse.Namespace, m: Measuring) -> list[Comparison]:
         )
         for dtype, layout in product(args.dtype or found.dtypes, args.layout or found.layouts)
     ]
+
+
+def filters(args: argparse.Namespace) -> bool:
+    """Whether only some nodes are asked for."""
+    return bool(args.network or args.form)
 
 
 def measure(args: argparse.Namespace, m: Measuring) -> None:
@@ -272,7 +278,7 @@ def measure(args: argparse.Namespace, m: Measuring) -> None:
         if not on_gpu:
             m.run.note(f"page_faults_{memory.KEPT if kept else memory.DEFAULT}", memory.page_faults())
         time_nodes([replace(c, kept_mapped=kept) for c in comparisons], m)
-    if not (on_gpu or m.small):
+    if not (on_gpu or m.small or filters(args)):
         try:
             m.run.add([build_time()])
         except cpu.UnavailableError as error:

@@ -1,6 +1,8 @@
 """Nodes and networks timed on small shapes: what is timed, what is left out and why; never how long it takes."""
 
 import json
+from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import commands
@@ -14,6 +16,7 @@ from measure.timing import Deadline, interleaved, rotation
 from measure.variants import VARIANTS, Variant
 from record import results
 from record.results import NetworkTime, NodeTime
+from resfused.kernels import cpu
 from rich.console import Console
 from rivals import RIVALS
 from workloads.nodes import NETWORKS, Node
@@ -191,11 +194,58 @@ def test_ways_of_a_network_are_timed(m):
     assert m.run.left_out == []
 
 
+@pytest.fixture
+def native_calls(monkeypatch):
+    """How often each direction ran on the kernels in C++."""
+    calls = Counter()
+
+    def counting(name, function):
+        def counted(*args):
+            calls[name] += 1
+            return function(*args)
+
+        return counted
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(cpu, name, counting(name, getattr(cpu, name)))
+    return calls
+
+
+def test_what_is_called_ours_ran_on_the_kernels(m, native_calls):
+    """On a CPU: a repetition that warms up, those that are timed and the comparison before them; others never."""
+    m = replace(m, device=torch.device("cpu"))
+    c = comparison(m.device, "resfused", repetitions=2)
+    steps, places = 3, 7
+    with resfused.use_backend(measuring.BACKENDS["cpu"]):
+        node_timing.time_nodes([c], m)
+        assert native_calls == {"forward": 1 + 3 + 1 + 3, "backward": 1 + 3 + 3}
+        native_calls.clear()
+        network_timing.time_networks([WORKLOAD], ["resfused"], 1, m)
+        assert native_calls == {"forward": steps * places, "backward": steps * places}
+        native_calls.clear()
+        node_timing.time_nodes([replace(c, variants=("eager",))], m)
+        network_timing.time_networks([WORKLOAD], ["eager"], 1, m)
+    assert not native_calls
+    assert m.run.left_out == []
+
+
+def test_a_network_without_anything_to_fuse_is_not_ours(m, monkeypatch):
+    monkeypatch.setattr(network_timing.resfused, "fuse_", lambda model: SimpleNamespace(fused=[]))
+    network_timing.time_networks([WORKLOAD], ["resfused"], 1, m)
+    assert m.run.left_out == [
+        ("resfused, small/cifar_resnet8 training, batch 2, bfloat16", "fuse_ finds nothing in it")
+    ]
+    assert m.failed
+
+
 def test_a_wrong_network_is_not_timed(m, monkeypatch):
     """Fused, and one norm's weight doubled."""
 
+    fuse = resfused.fuse_
+
     def fused_wrongly(model):
         torch.nn.init.constant_(model[3].bn2.weight, 3)
+        return fuse(model)
 
     monkeypatch.setattr(network_timing.resfused, "fuse_", fused_wrongly)
     network_timing.time_networks([WORKLOAD], ["resfused", "eager"], 1, m)
@@ -290,7 +340,7 @@ def test_the_nodes_that_are_timed():
         ("float32 contiguous", 16, (8,), False), ("bfloat16 contiguous", 16, (8,), False)
     ]  # fmt: skip
     assert [(c, n) for c, n, _, tiny in chosen(device="cpu") if tiny] == [
-        (f"{dtype} {layout}", 24) for dtype in ("float32", "bfloat16") for layout in ("channels_last", "contiguous")
+        (f"{dtype} {layout}", 17) for dtype in ("float32", "bfloat16") for layout in ("channels_last", "contiguous")
     ]
 
 
