@@ -22,6 +22,7 @@ from console.arguments import (
     positive_float,
     positive_int,
 )
+from workloads.families import FAMILIES
 from workloads.nodes import FORMS
 from workloads.nodes import NETWORKS as NODES
 
@@ -249,8 +250,9 @@ def _host(p: Parser) -> None:
 
 
 def _coverage(p: Parser) -> None:
-    p.add_argument("--network", action="append", choices=NETWORKS, metavar="NAME", help="repeatable")
-    p.add_argument("--kernels", action="store_true", help="on a CPU too; small networks unless some are named")
+    names = (*NETWORKS, *FAMILIES)
+    p.add_argument("--network", action="append", choices=names, metavar="NAME", help="repeatable; default all")
+    p.add_argument("--plain", action="store_true", help="on plain operators, not on the kernels")
     p.add_argument("--short", action="store_true", help="only small networks")
     _json(p)
 

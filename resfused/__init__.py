@@ -18,7 +18,7 @@ from .blocks import (
     ResidualBlock,
     Sequential,
 )
-from .conversion import Fused, Left, Report, fuse_, unfuse_
+from .conversion import Check, Fused, Left, Report, fuse_, unfuse_
 from .norms import (
     BatchNormAddReLU1d,
     BatchNormAddReLU2d,
@@ -42,6 +42,7 @@ __all__ = [
     "BatchNormReLU2d",
     "BatchNormReLU3d",
     "BottleneckResidualBlock",
+    "Check",
     "Fused",
     "FusedResidualBlock",
     "Left",

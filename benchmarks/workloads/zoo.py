@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from workloads import families
 from workloads.networks import cifar_resnet
 
 Shape = tuple[int, int, int, int]
@@ -27,11 +28,11 @@ class Entry:
 
 
 def build(name: str) -> nn.Module:
-    """The network ``name`` of ``NETWORKS`` or ``SMALL``, in training mode.
+    """The network ``name`` of ``NETWORKS``, ``FAMILIES`` or ``SMALL``, in training mode.
 
     Weights and biases of its norms are random too: timm's start a block's last norm at 0, which would hide its branch.
 
-    Raises: ModuleNotFoundError where its library is not installed, KeyError for an unknown name.
+    Raises: ModuleNotFoundError where its library is not installed.
     """
     network = entry(name).make()
     for module in network.modules():
@@ -42,11 +43,13 @@ def build(name: str) -> nn.Module:
 
 
 def entry(name: str) -> Entry:
-    return SMALL[name] if name in SMALL else NETWORKS[name]
+    return next(table[name] for table in (SMALL, NETWORKS, FAMILIES) if name in table)
 
 
 def logits_of(output: Tensor | object) -> Tensor:
-    """What a network returns; transformers' return an object that has it."""
+    """What a network returns; transformers' return an object that has it, torchvision's for segmentation a dict."""
+    if isinstance(output, dict) and "out" in output:
+        return output["out"]
     return output if isinstance(output, Tensor) else output.logits  # type: ignore[attr-defined]
 
 
@@ -66,8 +69,8 @@ def _register_nothing(operator: str) -> Callable[[Callable[..., Any]], Callable[
     return lambda function: function
 
 
-def _torchvision(name: str) -> Entry:
-    return Entry(lambda: torchvision().models.get_model(name, weights=None))
+def _torchvision(name: str, shape: Shape = (2, 3, 64, 64), **settings: Any) -> Entry:
+    return Entry(lambda: torchvision().models.get_model(name, weights=None, **settings), shape)
 
 
 def _small_torchvision(block: str, width: int) -> Entry:
@@ -83,12 +86,12 @@ def _small_torchvision(block: str, width: int) -> Entry:
     return Entry(make, (4, 3, 16, 16))
 
 
-def _timm(name: str, **settings: Any) -> Entry:
+def _timm(name: str, shape: Shape = (2, 3, 64, 64), **settings: Any) -> Entry:
     def make() -> nn.Module:
         torchvision()
         return import_module("timm").create_model(name, **settings)
 
-    return Entry(make)
+    return Entry(make, shape)
 
 
 def _transformers(**settings: Any) -> Entry:
@@ -118,6 +121,19 @@ NETWORKS: dict[str, Entry] = {
     "transformers/resnet50": _transformers(layer_type="bottleneck"),
     **{f"cifar/resnet{depth}": _cifar(depth) for depth in (20, 56)},
 }  # fmt: skip
+
+_ALONE = {"aux_logits": False, "init_weights": False}
+_INCEPTION: Shape = (2, 3, 107, 107)
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "googlenet": _ALONE,
+    "inception_v3": {**_ALONE, "shape": _INCEPTION},
+    **{name: {"weights_backbone": None} for name in families.TORCHVISION[-3:]},
+    **{name: {"shape": _INCEPTION} for name in ("inception_resnet_v2", "inception_v4", "pnasnet5large")},
+}
+FAMILIES: dict[str, Entry] = {
+    **{f"torchvision/{name}": _torchvision(name, **_SETTINGS.get(name, {})) for name in families.TORCHVISION},
+    **{f"timm/{name}": _timm(name, **_SETTINGS.get(name, {})) for name in families.TIMM},
+}
 
 SMALL: dict[str, Entry] = {
     "small/torchvision_basic": _small_torchvision("BasicBlock", 64),

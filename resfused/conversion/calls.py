@@ -27,7 +27,7 @@ def tail_pair(
     changes; None where it has the promoted one.
     """
     if residual is None:
-        return forked_tail(norm, input, forked=forked)
+        return forked_tail(norm, input, None, None, forked)
     dtype = _dtype(input, residual, kept)
     if residual.shape != input.shape:
         y = F.relu(norm(input) + (residual if residual_norm is None else residual_norm(residual))).to(dtype)

@@ -6,6 +6,7 @@ import builtins
 import inspect
 import linecache
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -161,6 +162,8 @@ class FusedForward:
         call = self.parameters.call(args, kwargs)
         plan = None if call is None else self._plan(call)
         if call is None or plan is None:
+            if not torch.compiler.is_compiling() and getattr(self.module, "qconfig", None) is not None:
+                _warn_of_quantisation()
             return type(self.module).forward(self.module, *args, **kwargs)
         if plan.paired:
             return plan.run(self.module, call.tensors[0], call.tensors[0], False)[0]
@@ -191,6 +194,22 @@ class FusedForward:
             return None
         return plan.run(self.module, x, shortcut if plan.takes_pair else x, forked)
 
+    def obstacle(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why such a call runs the class's own forward, in words; None where it does not."""
+        if _is_looked_into():
+            return "hooks for every module are on"
+        call = self.parameters.call(args, kwargs)
+        if call is None:
+            return "an argument is neither a tensor nor a number, text, list or dict"
+        plans = self.plans.get(call.signature, ())
+        if not plans:
+            return f"no such place is in its code, or it cannot be traced, when called with ({call.signature})"
+        changes = [plan.change(self.module) for plan in plans]
+        if None in changes:
+            return None
+        path, what = next(change for change in reversed(changes) if change is not None)
+        return f"{path or 'the module'} has changed since fuse_: {what}"
+
     def _plan(self, call: Call) -> Plan | None:
         plans = self.plans.get(call.signature)
         if plans is None:
@@ -213,6 +232,11 @@ class FusedForward:
         return self.plans[call.signature]
 
     @property
+    def __globals__(self) -> dict[str, Any]:
+        """What torch.jit.script cannot do without. An AttributeError, as others ask whether there are any."""
+        raise AttributeError("torch.jit.script cannot compile a fused forward: call resfused.unfuse_(model) before it")
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.module).forward.__get__(self.module))
 
@@ -225,6 +249,13 @@ class FusedForward:
 def _is_looked_into() -> bool:
     """Whether every call is to be seen: by hooks, or by torch.jit.trace, whose programs do without this package."""
     return _has_any_global_hook() or torch.jit.is_tracing()
+
+
+def _warn_of_quantisation() -> None:
+    warnings.warn(
+        "the model was prepared for quantisation after fuse_, and each operator is observed: nothing is fused any more",
+        stacklevel=2,
+    )
 
 
 def forked_call(module: nn.Module, x: Tensor, shortcut: Tensor, forked: bool) -> tuple[Tensor, Tensor]:

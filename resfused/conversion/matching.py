@@ -24,9 +24,9 @@ _FRESH = ("torch.nn.modules.conv", "torch.nn.modules.linear", "torch.nn.modules.
 _FRESH_FUNCTIONS = (
     operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, torch.add, torch.sub, torch.mul,
     torch.div, torch.matmul, torch.cat, torch.stack, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, F.linear,
-    torch.conv1d, torch.conv2d, torch.conv3d, tail_pair, functional_tail,
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.sum, torch.mean, tail_pair, functional_tail,
 )  # fmt: skip
-_FRESH_METHODS = ("add", "sub", "mul", "div", "matmul")
+_FRESH_METHODS = ("add", "sub", "mul", "div", "matmul", "sum", "mean")
 _SHAPE = ("ndim", "shape")
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _DROPOUT = inspect.signature(F.dropout)

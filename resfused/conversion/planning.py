@@ -35,7 +35,8 @@ class Planner:
         self.filter_fn = filter_fn
         self.traces = Traces()
         self.drafter = Drafter(self.traces, self.allowed)
-        self.calls: dict[nn.Module, dict[str, Call]] = {}
+        self.calls: dict[nn.Module, dict[bool, dict[str, Call]]] = {}
+        """By mode and signature."""
         self.drafts: dict[Key, Draft] = {}
         self.forked: set[nn.Module] = set()
         """The first norms of the tails whose output is handed on as a pair."""
@@ -52,21 +53,23 @@ class Planner:
             candidate = module in with_norms and not is_norm(module) and has_code(module)
             if not candidate or (module in inlined and module not in called):
                 continue
-            for call in self.calls_of(module):
-                for training in (True, False):
+            for training in (True, False):
+                for call in self.calls_of(module, training):
                     draft = self.drafter.draft(module, call, training)
                     if draft is None:
                         continue
                     self.drafts[module, call.signature, training] = draft
                     inlined |= {module.get_submodule(path) for path in draft.inlined}
-                    called |= self._note_calls(module, draft)
+                    called |= self._note_calls(module, draft, training)
 
-    def calls_of(self, module: nn.Module) -> list[Call]:
+    def calls_of(self, module: nn.Module, training: bool) -> list[Call]:
         """As the code around it calls it; where none does that could be traced, with tensors alone."""
+        if module in self.calls:
+            return list(self.calls[module].get(training, {}).values())
         alone = with_tensors(module)
-        return list(self.calls.get(module, {"": alone} if alone is not None else {}).values())
+        return [] if alone is None else [alone]
 
-    def _note_calls(self, module: nn.Module, draft: Draft) -> set[nn.Module]:
+    def _note_calls(self, module: nn.Module, draft: Draft, training: bool) -> set[nn.Module]:
         """The submodules that the draft calls."""
         found = set()
         for node in draft.graph.nodes:
@@ -75,7 +78,7 @@ class Planner:
                 found.add(child)
                 call = call_of(child, node) if has_code(child) else None
                 if call is not None:
-                    self.calls.setdefault(child, {})[call.signature] = call
+                    self.calls.setdefault(child, {}).setdefault(training, {})[call.signature] = call
         return found
 
     def forwards(self) -> list[FusedForward]:

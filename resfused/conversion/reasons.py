@@ -46,7 +46,7 @@ def _reason(planner: Planner, norm: nn.Module) -> str:
 
 def _inside(planner: Planner, norm: nn.Module) -> str:
     """Of a subclass with a forward of its own."""
-    for call in planner.calls_of(norm):
+    for call in planner.calls_of(norm, True):
         try:
             graph = planner.traces.of(norm, call, True).graph
         except UntraceableError as error:
@@ -64,7 +64,7 @@ def _use(planner: Planner, module: nn.Module) -> str:
         path = planner.names[module].removeprefix(planner.names[ancestor]).lstrip(".")
         if not has_code(ancestor):
             continue
-        for call in planner.calls_of(ancestor):
+        for call in planner.calls_of(ancestor, True):
             try:
                 graph = planner.traces.of(ancestor, call, True).graph
             except UntraceableError as error:
@@ -86,8 +86,8 @@ def _follow(planner: Planner, matcher: Matcher, node: fx.Node) -> str:
         (user,) = found
         if user.op == "output":
             return _use(planner, matcher.root)
-        if matcher.addends(user) is not None and what == "its output":
-            what = "its sum with the other addend"
+        if matcher.addends(user) is not None:
+            what = "its sum with the other addend" if what == "its output" else "its sum with other addends"
         elif not matcher.is_identity(user):
             return _followed(planner, matcher, user, what)
         node = user
@@ -97,6 +97,8 @@ def _followed(planner: Planner, matcher: Matcher, user: fx.Node, what: str) -> s
     module = matcher.module(user)
     if isinstance(module, nn.ReLU) and is_watched(module):
         return f"a hook is on the ReLU that follows, {planner.names[module]}"
+    if what == "its sum with other addends" and (isinstance(module, nn.ReLU) or matcher.is_relu(user)):
+        return "it is one of several addends before a ReLU, of which only the last is fused"
     if isinstance(module, nn.ReLU) or (module is None and matcher.is_relu(user)):
         return f"{what} may be changed in place before the ReLU, or the addition changes what others hold"
     if module is None:

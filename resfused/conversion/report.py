@@ -6,6 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from textwrap import wrap
+from typing import Any
+
+from torch import nn
+
+from .checking import Check, check
 
 _EAGER = {"norm+relu": 13.0, "norm+add+relu": 16.0, "norm+add(norm)+relu": 24.0}
 _OURS = {"norm+relu": 8.0, "norm+add+relu": 10.125, "norm+add(norm)+relu": 13.0}
@@ -81,6 +87,15 @@ class Report:
         """Of all places on the kernels, see ``Fused.passes_saved``: each counts in activations of its own size."""
         return sum(entry.passes_saved for entry in self.fused)
 
+    def check(self, model: nn.Module, *inputs: Any, **named: Any) -> Check:
+        """Calls ``model(*inputs, **named)`` once in training and once in evaluation; what of the report ran fused.
+
+        Without gradients; modes, buffers and random numbers are afterwards as before. The model is the one that was
+        fused, as it is now: hooks, changed values and other arguments show. Raises: TypeError where ``model`` is no
+        module, ValueError where it has not the modules of the report; what the model itself raises.
+        """
+        return check(self, model, inputs, named)
+
     def __str__(self) -> str:
         """At most 15 lines: how much was fused, in which forms, and why the rest was left."""
         return "\n".join([*self._summary(), *self._forms(), *self._reasons()])
@@ -93,7 +108,9 @@ class Report:
             places.append((entry.module or "the model", _form(entry), ", ".join(entry.norms), saved))
         lines = [*self._summary(), "", *_columns(places)]
         if self.left:
-            lines += ["", *_columns([("left", "because"), *((each.norm, _line(each.reason)) for each in self.left)])]
+            lines += ["", "left as they are:"]
+        for reason, names in self.reasons().items():
+            lines += [f"{len(names):6} {reason}", *_indented(", ".join(names))]
         return "\n".join(lines)
 
     def _summary(self) -> list[str]:
@@ -121,12 +138,20 @@ class Report:
             )
         return lines
 
-    def _reasons(self) -> list[str]:
-        groups: dict[str, list[str]] = {}
+    def reasons(self) -> dict[str, tuple[str, ...]]:
+        """The norms that were left by reason, those that most have first; in full where all have the same words."""
+        groups: dict[str, list[Left]] = {}
         for each in self.left:
-            groups.setdefault(_without_names(_line(each.reason)), []).append(each.norm)
-        lines = ["left as they are:"] if groups else []
-        largest = sorted(groups.items(), key=lambda group: -len(group[1]))
+            groups.setdefault(_without_names(_line(each.reason)), []).append(each)
+        found = {}
+        for reason, lefts in sorted(groups.items(), key=lambda group: -len(group[1])):
+            words = {_line(each.reason) for each in lefts}
+            found[words.pop() if len(words) == 1 else reason] = tuple(each.norm for each in lefts)
+        return found
+
+    def _reasons(self) -> list[str]:
+        largest = list(self.reasons().items())
+        lines = ["left as they are:"] if largest else []
         for reason, names in largest[:_REASONS]:
             more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
             lines += [f"{len(names):6} {reason}", f"{'':6} {', '.join(names[:_NAMES])}{more}"]
@@ -148,6 +173,10 @@ def _form(entry: Fused) -> str:
 
 def _counted(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _indented(text: str) -> list[str]:
+    return wrap(text, 120, initial_indent=" " * 7, subsequent_indent=" " * 7, break_on_hyphens=False)
 
 
 def _line(text: str) -> str:

@@ -86,9 +86,11 @@ def with_tensors(module: nn.Module) -> Call | None:
 
 @cache
 def _with_tensors(kind: Any) -> Call | None:
-    names, defaults, *_ = found = _parameters(kind)
+    names, defaults, _, more, _ = found = _parameters(kind)
     graph = fx.Graph()
-    args = (graph.placeholder(n) if d is _MISSING else d for n, d in zip(names, defaults, strict=True))
+    args = [graph.placeholder(n) if d is _MISSING else d for n, d in zip(names, defaults, strict=True)]
+    if more and not args:
+        args = [graph.placeholder("x")]
     return found.call(tuple(args), {})
 
 

@@ -38,12 +38,16 @@ class Parts(nn.Module):
         return self.bn2(self.conv2(x))
 
 
-def step(model, x, training=True):
+def alone(model, x):
+    return model(x)
+
+
+def step(model, x, training=True, call=alone):
     """Everything that one call leaves behind: output, gradients, buffers, and what became of the caller's tensor."""
     model.train(training).zero_grad()
     leaf = x.clone().requires_grad_()
     given = leaf * 1
-    y = model(given)
+    y = call(model, given)
     results = {"given": given.detach().clone()}
     for i, part in enumerate(y if isinstance(y, tuple) else (y,)):
         results[f"output {i}"] = part.detach().clone()
@@ -54,7 +58,7 @@ def step(model, x, training=True):
     return results | {name: b.clone() for name, b in model.named_buffers()}
 
 
-def fused_like_plain(model, device, shape=(3, CHANNELS, 4, 5), tolerance=1e-9):
+def fused_like_plain(model, device, shape=(3, CHANNELS, 4, 5), tolerance=1e-9, call=alone):
     """Fuses the model, whose numbers must stay those of a copy that was not; the report."""
     torch.manual_seed(1)
     model = model.to(device, torch.float64)
@@ -66,7 +70,7 @@ def fused_like_plain(model, device, shape=(3, CHANNELS, 4, 5), tolerance=1e-9):
     report = resfused.fuse_(model)
     x = torch.randn(shape, dtype=torch.float64, device=device)
     for training in (True, False):
-        actual, expected = step(model, x, training), step(plain, x, training)
+        actual, expected = step(model, x, training, call), step(plain, x, training, call)
         assert actual.keys() == expected.keys()
         errors = {name: relative_error(actual[name], expected[name]) for name in expected}
         assert max(errors.values()) < tolerance, errors

@@ -192,16 +192,19 @@ def coverage_command(*arguments):
 def test_the_command(tmp_path):
     path = tmp_path / "coverage.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "coverage", "--json", str(path)]
-    command += ["--network", "small/cifar_resnet8", "--kernels"]
+    command += ["--network", "small/cifar_resnet8"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "small/cifar_resnet8" in result.stdout
     assert "WRONG" not in result.stdout
     content = json.loads(path.read_text())
     assert content["environment"]["torch"] == torch.__version__
-    assert content["backend"] == "triton"
+    assert content["backend"] == "native"
     (network,) = content["networks"]
     assert (network["norms"], network["fused_norms"], network["pairs"]) == (9, 9, 3)
+    assert network["ran"] == [9, 9]
+    assert network["idle"] == [0, 0]
+    assert 0 < network["milliseconds"] < 1e3
     assert network["places"] == {RELU: 4, ADD: 1, ADD_NORM: 2}
     assert network["left"] == {}
     assert 0 < network["errors"]["gradient"] < 1e-12
@@ -232,3 +235,4 @@ def test_the_command_without_a_library(capsys, monkeypatch):
 def test_reasons_are_counted_without_names():
     found = coverage.cover("small/timm_attention", torch.device("cpu"), "torch")
     assert found.left == {"its output goes to a SEModule, not to a ReLU": 5}
+    assert found.ran == (10, 10)
