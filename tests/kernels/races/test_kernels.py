@@ -50,9 +50,9 @@ def test_separate_launches(form, layout, small_launches):
         assert agree(run, fused, node(form, layout)) == KERNELS - ONE_LAUNCH
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_by_columns(form, small_launches):
-    assert agree(run, fused, node(form, (5, 3, 3, 3)), schedules=SCHEDULES[2:]) == KERNELS - ONE_LAUNCH
+@pytest.mark.parametrize("shape", [(17, 3, 3, 3), (8, 6, 2, 5)], ids=["by columns", "groups side by side"])
+def test_other_walks(shape, small_launches):
+    assert agree(run, fused, node(FORMS[2], shape), schedules=SCHEDULES[2:]) == KERNELS - ONE_LAUNCH
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
