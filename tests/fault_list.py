@@ -64,7 +64,7 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "second tile read at the first": "tl.load(at« + quads.stride→» + local, mask=lanes",
         "ragged end left out": "tl.where(quads.ragged, «quads.outer→0», 0)",
         "spread of pairs twice": "m2_pairs * «0.25→0.5»",
-        "quads weighed as one value": "m2_means * «4→1»",
+        "quads weighed as one value": "(«8→2» * taken * share)",
         "a quad counted as one": "+ «4 * →»taken",
         "merge weighs with the whole count": "share * «(count - added)→count»[:, None]",
         "merge without its later programs": "range(0, «programs * merging.PLANE→merging.BLOCK_P»,",
