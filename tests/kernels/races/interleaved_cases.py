@@ -13,7 +13,7 @@ SCHEDULES = (
     Schedule("random", None, "shuffled", 1),
     Schedule("priorities", 5, "shuffled", 2),
 )
-SHAPES = {"channels_last": (2, 20, 2, 3), "contiguous": (2, 10, 2, 5)}
+SHAPES = {"channels_last": (4, 20, 2, 5), "contiguous": (2, 10, 2, 5)}
 
 
 @triton.jit
