@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 # A contiguous tensor is walked by columns where it has so many images, and planes that fill rows of a tile worse than
-# this or are not made of whole 16 bytes in half precision.
+# this or are not made of whole 16 bytes in half precision. Not a larger plane, as each position has partial results.
 COLUMNS_LEAST_IMAGES = 32
+COLUMNS_LARGEST_PLANE = 1024
 COLUMNS_MOST_FILLED = 0.9
 COLUMNS_ROW = 64
 
@@ -67,7 +68,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 def walks_columns(images: int, plane: int) -> bool:
     """Whether a contiguous tensor's planes are too small to be walked one by one."""
-    if images < COLUMNS_LEAST_IMAGES:
+    if images < COLUMNS_LEAST_IMAGES or plane > COLUMNS_LARGEST_PLANE:
         return False
     return plane % 8 != 0 or plane < COLUMNS_MOST_FILLED * COLUMNS_ROW * -(-plane // COLUMNS_ROW)
 

@@ -47,10 +47,11 @@ def small_launches():
     from resfused.kernels import geometry
     from resfused.kernels.gpu import launch_table
 
-    entry = launch_table.Entry(elements=64, inner=16, programs=12, warps=1)
+    entry = launch_table.Entry(elements=64, inner=16, programs=12, warps=1, stages=2)
     small = launch_table.using(
         STREAMING=dict.fromkeys(launch_table.STREAMING, ((None, entry),)),
         TICKETED=dict.fromkeys(launch_table.TICKETED, entry),
+        MULTIPROCESSORS=1,
         MERGE=(2, 4),
         MERGED_ELEMENTS=32,
         CHANNEL_MAJOR=True,

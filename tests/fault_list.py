@@ -30,21 +30,22 @@ HOOKS = "test_fuse_hooks.py"
 # fmt: off
 BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("tile.py", f"{LOOPS} {TWO_TRAINING}"): {
-        "count of lanes beyond the last tile": "« & (tile < walk.tiles)→»).to",
-        "tile's first position forgotten": "(group * C + c0) * S« + s0→»",
-        "channels_last tile's first channel forgotten": "(group * S + s0) * C« + c0→»",
+        "count of positions beyond the last": "count += «s_inside→tl.full(s_inside.shape, 1, tl.int1)».to(",
+        "carried a block late": "carries = block >«=→» stride.in_group",
+        "tile's first position forgotten": "(tl.cast(C, tl.int64) * S)« + s0→»",
+        "channels_last tile's first channel forgotten": "start = «c0 + →»s0 * C if",
         "blocks reversed one too far": ") - «1 - →»channel_block",
         "program and block exchanged":
-            "return Walk(tl.program_id(0) «// programs, tl.program_id(0) %→% programs, tl.program_id(0) //» programs,"},
+            "return walk_of(number «// programs, number %→% programs, number //» programs,"},
     ("tile.py", VALUES): {
         "M2 with the old mean twice": "m2 += delta * «tl.where(inside, value - mean, 0)→delta»",
         "lanes' M2 without the spread of their means": "tl.sum(m2 + «→0 * »deviation",
         "weight without rstd": "scale = «r * →»tl.load(",
-        "order reversed one too far": "return tiles - «1 - →»step"},
+        "order reversed one too far": "block = walk.blocks - «1 - →»block"},
     ("tile.py", MEMORY): {
         "a partial result beyond the last": "entry <«→=» programs * PLANE",
-        "one position beyond the end": "<«→=» tl.minimum(left, BLOCK_S)",
-        "one channel beyond the end": "c <«→=» tl.minimum(C - c0, BLOCK_C)",
+        "one position beyond the end": "block == blocks - 1, left«→ + 1», BLOCK_S",
+        "one channel beyond the end": "<«→=» tl.minimum(left, BLOCK)",
         "one vector element beyond the end": "return c, c <«→=» C"},
     ("tile.py", f"{VALUES} {MIDDLE}"): {
         "mask bits in another order": ".to(tl.int32)[:, :, None] >> «→7 - »tl.arange(0, 8)",
@@ -60,17 +61,20 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("tile.py", "test_functional.py::test_a_variance_that_overflows_is_infinite"): {
         "0·Inf in the merge of lanes": "deviation * «(deviation * share)→deviation * share»"},
     ("statistics.py", f"{LOOPS} {TWO_TRAINING}"): {
-        "second tile read at the first": "tl.load(x + «next_start→start» + local",
-        "a tile beyond the last": "tl.where(following <«→=» walk.tiles, next_inside",
+        "second tile read at the first": "tl.load(at« + quads.stride→» + local, mask=lanes",
+        "ragged end left out": "tl.where(quads.ragged, «quads.outer→0», 0)",
+        "spread of pairs twice": "m2_pairs * «0.25→0.5»",
+        "quads weighed as one value": "(«8→2» * taken * share)",
+        "a quad counted as one": "+ «4 * →»taken",
         "merge weighs with the whole count": "share * «(count - added)→count»[:, None]",
         "merge without its later programs": "range(0, «programs * merging.PLANE→merging.BLOCK_P»,",
-        "merge adds means whole": "        mean += delta« * share→»\n",
-        "second norm takes a tile twice": "welford(«next_residual_value→residual_value», next"},
+        "merge adds means whole": "(count - added)[:, None])\n        mean += delta« * share→»\n",
+        "first norm takes a quad of the second": "if number >«=→» half"},
     ("statistics.py", VALUES): {
         "biased by one value": "1 / tl.sqrt(m2 / «M→(M - 1)» + EPS)",
         "biased running variance": "m2 / «(M - 1)→M», running.momentum"},
     ("statistics.py", f"{VALUES} {TWO}"): {
-        "second norm's mean where M2 belongs": "partials + «2→3» * row + walk.program * walk.C + c, centre",
+        "second norm's results in the first's place": "partials = «of_residual→partials»",
         "first eps for the second norm": "- channel_blocks, «RESIDUAL_EPS→EPS»",
         "first running mean for both norms": "Running(«residual_running_mean→running_mean», residual_running_var"},
     ("statistics.py", ONE_LAUNCH): {
@@ -80,7 +84,7 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("statistics.py", "test_accuracy.py::test_momentum_is_not_rounded_to_float32"): {
         "momentum's low part not passed": "return high, «norm.momentum - high→0.0»",
         "momentum's low part not added": "« + tl.cast(momentum_rest, new.dtype)→»"},
-    ("statistics.py", MEMORY): {"no room for the counts": "(2 * call.norms * call.g.columns« + channel_blocks→»)"},
+    ("statistics.py", MEMORY): {"no room for the counts": "(2 * call.g.columns« + launch.channel_blocks→»)"},
     ("statistics.py", "test_functional.py::test_a_variance_that_overflows_is_infinite"): {
         "0·Inf in the merge of programs":
             "delta * «(delta * share * (count - added)[:, None])→delta * share * (count - added)[:, None]»"},
@@ -108,9 +112,9 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("reduce.py", KINK): {"gradient at zero": "on = ~(z <«=→» 0)"},
     ("reduce.py", NAN): {"no gradient at NaN": "on = «~(z <= 0)→z > 0»"},
     ("reduce.py", "test_accuracy.py::test_nan_gradient_is_stopped_by_a_closed_relu"): {
-        "infinite gradient times zero": "«tl.where(on & inside, dy, 0→dy * (on & inside»)"},
+        "infinite gradient times zero": "«tl.where(on, dy, 0→dy * (on»)"},
     ("apply.py", VALUES): {
-        "mean of dz forgotten": "dz - «mean_dz - →»centred",
+        "mean of dz forgotten": "return slope, «-→0 * »scale",
         "mean over one value less": "other=0) / «sums.M→(sums.M - 1)»"},
     ("apply.py", "test_sequential.py::test_chain_of_four"): {
         "fork's gradient twice": "((dz, «None→call.gradients[1]») if is_dz else"},

@@ -12,13 +12,14 @@ from resfused.kernels.gpu.launch_file import LAYOUTS, Entry
 from tuning.directions import Case
 from tuning.search import Comparison, Step
 
-NUMBERS = ("elements", "warps", "inner", "programs")
+NUMBERS = ("elements", "warps", "inner", "stages", "programs")
 VALUES: dict[str, tuple[int, ...]] = {
     "elements": (512, 1024, 2048, 4096),
     "warps": (2, 4, 8),
     "inner": (32, 64, 128, 256),
+    "stages": (1, 2, 3, 4),
 }
-# A grid is right only for the number of multiprocessors: it is searched beside the present one.
+# As many as a multiprocessor holds is right for the registers that the present tile takes: searched beside it.
 PROGRAMS = (0.5, 2)
 SWITCHES = ("second_phase_reversed", "second_phase_evicts_first", "channel_major")
 ONE_LAUNCH = "one launch"

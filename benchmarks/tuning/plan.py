@@ -16,7 +16,7 @@ from tuning.search import Step
 PARTS = TILES, ONE_LAUNCH, ORDER = ("tiles", "one-launch", "order")
 DIRECTIONS = {"forward": ("normalise", "statistics"), "backward": ("reduce", "apply")}
 # A one-launch kernel's rows follow the L2 cache where they must be short, and it compiles slowest.
-TICKETED_NUMBERS = ("elements", "warps", "programs")
+TICKETED_NUMBERS = ("elements", "warps", "stages", "programs")
 SHORT_NODES = [Node(form, 8, 4, 4, 1, forked=form == FORMS[1]) for form in FORMS]
 
 

@@ -18,9 +18,11 @@ from .tile import (
     aligned,
     by_channel,
     channels_of,
+    first_place,
     in_order,
     load_norm,
     locate,
+    next_place,
     second_walk,
     store,
 )
@@ -41,9 +43,10 @@ def _mean_of(sums, row, C, c, c_inside, tiling: tl.constexpr):
 
 
 @triton.jit
-def _input_gradient(dz, centred, r, scale, mean_dz, mean_dz_x):
-    """weight·rstd·(dz - Σdz/M - x̂·Σ(dz·x̂)/M)"""
-    return scale * (dz - mean_dz - centred * r * mean_dz_x)
+def _line(sums, row, r, scale, C, c, c_inside, tiling: tl.constexpr):
+    """(slope, offset) with weight·rstd·(dz - Σdz/M - x̂·Σ(dz·x̂)/M) = scale·dz + (slope·centred + offset)."""
+    slope = -scale * r * _mean_of(sums, row, C, c, c_inside, tiling)
+    return slope, -scale * _mean_of(sums, 0, C, c, c_inside, tiling)
 
 
 @triton.jit
@@ -54,15 +57,16 @@ def apply(
     """The inputs' gradients that waited for the merged sums, from ``gradient``: dz where IS_DZ, else dy (in two)."""
     c, c_inside = channels_of(walk.channel_block, walk.C, tiling.BLOCK_C)
     m, r, scale, shift = load_norm(norm, c, c_inside, 0.0, False, tiling)
-    mean_dz = _mean_of(sums, 0, walk.C, c, c_inside, tiling)
-    mean_dz_x = _mean_of(sums, 1, walk.C, c, c_inside, tiling)
+    slope, offset = _line(sums, 1, r, scale, walk.C, c, c_inside, tiling)
     if saved.residual is not None:
         residual_m, residual_r, residual_scale, residual_shift = load_norm(second, c, c_inside, 0.0, False, tiling)
-        mean_dz_residual = _mean_of(sums, 2, walk.C, c, c_inside, tiling)
+        residual_slope, residual_offset = _line(sums, 2, residual_r, residual_scale, walk.C, c, c_inside, tiling)
 
-    for step in range(walk.program, walk.tiles, walk.programs):
-        tile = in_order(step, walk.tiles, order.REVERSED)
-        start, local, inside = locate(tile, walk, tiling)
+    next_group, next_block = first_place(walk.program, walk.blocks, tiling.CHANNELS_LAST)
+    for _ in tl.range(walk.program, walk.tiles, walk.programs, num_stages=tiling.STAGES):
+        group, block = in_order(next_group, next_block, walk, order.REVERSED, tiling.CHANNELS_LAST)
+        next_group, next_block = next_place(next_group, next_block, walk.stride, tiling.CHANNELS_LAST)
+        start, local, inside = locate(group, block, walk, tiling)
         value = tl.load(saved.x + start + local, mask=inside, other=0, eviction_policy=order.EVICT)
         centred = value.to(tiling.ACC) - m
         z = affine(centred, scale, shift)
@@ -72,14 +76,14 @@ def apply(
             z += affine(residual_centred, residual_scale, residual_shift)
         dz = load_gradient(gradient, start, local, inside, order.EVICT, tiling.ACC)
         if not IS_DZ:
-            dz = relu_gradient(dz, z, inside, saved.mask, tile, walk, tiling)
+            dz = relu_gradient(dz, z, saved.mask, group, block, walk, tiling)
         if out.dz is not None:
             store(out.dz + start + local, dz, inside)
         if out.dx is not None:
-            store(out.dx + start + local, _input_gradient(dz, centred, r, scale, mean_dz, mean_dz_x), inside)
+            store(out.dx + start + local, affine(dz, scale, affine(centred, slope, offset)), inside)
         if out.dresidual is not None:
-            value = _input_gradient(dz, residual_centred, residual_r, residual_scale, mean_dz, mean_dz_residual)
-            store(out.dresidual + start + local, value, inside)
+            line = affine(residual_centred, residual_slope, residual_offset)
+            store(out.dresidual + start + local, affine(dz, residual_scale, line), inside)
 
 
 @triton.jit
@@ -89,7 +93,7 @@ def _apply_kernel(
     M, G, S, C,
     IS_DZ: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr,
     PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``apply`` as a launch of its own."""
     gradients = Gradient(gradient, gradient_fork)
@@ -98,7 +102,7 @@ def _apply_kernel(
     norm = NormVectors(mean, rstd, weight, bias)
     second = NormVectors(residual_mean, residual_rstd, residual_weight, residual_bias)
     order: tl.constexpr = Order(REVERSED, EVICT)
-    tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, ACC)
+    tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, WIDE, ACC, STAGES)
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
     walk = second_walk(G, S, C, CHANNEL_MAJOR, REVERSED, tiling)
     apply(gradients, saved, Sums(sums, M), out, norm, second, walk, IS_DZ, order, tiling)
@@ -111,8 +115,8 @@ def launch_apply(
     g = call.g
     # dz is dy already masked (and added up), unless it was rounded to a narrower dtype.
     is_dz = dz is not None and dz.dtype is call.gradients[0].dtype
-    grid, options = tile_options("apply", g, call.acc)
-    _apply_kernel[grid](
+    launch, options = tile_options("apply", g, call.acc, call.x.device, call.rows - 1)
+    _apply_kernel[launch.grid](
         *((dz, None) if is_dz else call.gradients), call.x, call.residual, call.mask, sums, dx, dresidual,
         *call.vectors, values, g.groups, g.positions, g.columns, IS_DZ=is_dz, **options,
     )  # fmt: skip

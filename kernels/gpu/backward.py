@@ -16,7 +16,7 @@ from .normalise import Spread
 from .reduce import Gradient, InputGradients, ParameterGradients, Saved, launch_sums, merge_sums, reduce
 from .statistics import Merging
 from .tickets import is_last_to_arrive, open_second_phase, take_turn, wait_for_second_phase
-from .tile import NormVectors, Order, Tiling, Walk, aligned
+from .tile import NormVectors, Order, Tiling, aligned, walk_of
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _backward_kernel(
     M, G, S, C, programs, slice_blocks,
     ROWS: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr,
     BLOCK_P: tl.constexpr, PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Reduce, merge and apply in one launch, ordered by tickets. Batch statistics only."""
     gradient = Gradient(dy, dy_fork)
@@ -36,13 +36,12 @@ def _backward_kernel(
     second = NormVectors(residual_mean, residual_rstd, residual_weight, residual_bias)
     order: tl.constexpr = Order(REVERSED, EVICT)
     spread: tl.constexpr = Spread(False, 0.0, 0.0)
-    tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, ACC)
+    tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, WIDE, ACC, STAGES)
     merging: tl.constexpr = Merging(PLANE, BLOCK_P, BLOCK_C, ACC)
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
-    tiles = G * tl.cdiv(S, BLOCK_S)
     channel_blocks = tl.cdiv(C, BLOCK_C)
     is_second, channel_block, program = take_turn(counters, programs, slice_blocks, channel_blocks)
-    walk = Walk(channel_block, program, programs, tiles, S, C)
+    walk = walk_of(channel_block, program, programs, G, S, C, tiling)
     # The last slice may have fewer blocks than the others.
     if channel_block < channel_blocks:
         if is_second:
@@ -169,7 +168,9 @@ def _launch_backward(
     x, g = call.x, call.g
     # What the second phase reads again, hopefully from the L2 cache; the mask is a bit an element.
     reread = sum(t.element_size() for t in (*call.gradients, x, call.residual) if t is not None)
-    launch = launch_table.ticketed("backward", g, reread, launch_table.l2_bytes(x.device))
+    launch = launch_table.ticketed(
+        "backward", g, reread, launch_table.l2_bytes(x.device), launch_table.multiprocessors(x.device)
+    )
     partials = x.new_empty((call.rows, launch.programs, g.channels), dtype=call.acc)
     _backward_kernel[launch.grid](
         *call.gradients, x, call.residual, call.mask, dz, dx, dresidual, partials,

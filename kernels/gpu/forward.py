@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..call import NOTHING_BUT_STATISTICS, Norm, outputs
 from . import launch_table
-from .launching import Forward, one_launch_options
+from .launching import Forward, one_launch_options, quad_options
 from .normalise import Spread, launch_normalise
 from .normalise import normalise as _normalise
 from .statistics import (
@@ -19,10 +19,11 @@ from .statistics import (
     merge_statistics,
     momentum_parts,
     partial_statistics,
+    room_for_partials,
     take_statistics,
 )
 from .tickets import is_last_to_arrive, open_second_phase, take_turn, wait_for_second_phase
-from .tile import NormVectors, Order, Tiling, Walk, aligned
+from .tile import NormVectors, Order, Tiling, aligned, walk_of
 
 
 @triton.jit
@@ -32,21 +33,20 @@ def _forward_kernel(
     residual_running_mean, residual_running_var, residual_weight, residual_bias,
     momentum, momentum_rest, residual_momentum, residual_momentum_rest,
     M, G, S, C, programs, slice_blocks,
-    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, NORMS: tl.constexpr,
+    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, NORMS: tl.constexpr, BY_GROUPS: tl.constexpr, WHOLE: tl.constexpr,
     REVERSED: tl.constexpr, EVICT: tl.constexpr,
     BLOCK_P: tl.constexpr, PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Statistics, merge and normalise in one launch, ordered by tickets; ``residual`` is normed where NORMS is 2."""
     spread: tl.constexpr = Spread(False, EPS, RESIDUAL_EPS)
     order: tl.constexpr = Order(REVERSED, EVICT)
-    tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, ACC)
+    tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, WIDE, ACC, STAGES)
     merging: tl.constexpr = Merging(PLANE, BLOCK_P, BLOCK_C, ACC)
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
-    tiles = G * tl.cdiv(S, BLOCK_S)
     channel_blocks = tl.cdiv(C, BLOCK_C)
     is_second, channel_block, program = take_turn(counters, programs, slice_blocks, channel_blocks)
-    walk = Walk(channel_block, program, programs, tiles, S, C)
+    walk = walk_of(channel_block, program, programs, G, S, C, tiling)
     # The last slice may have fewer blocks than the others.
     if channel_block < channel_blocks:
         if is_second:
@@ -58,9 +58,12 @@ def _forward_kernel(
             )  # fmt: skip
             _normalise(x, residual, y, mask, norm, second, walk, spread, order, tiling)
         else:
-            take_statistics(x, residual if NORMS == 2 else None, partials, walk, tiling)
+            take_statistics(x, partials, walk, BY_GROUPS, WHOLE, tiling)
+            room = room_for_partials(programs, C, channel_blocks)
+            if NORMS == 2:
+                take_statistics(residual, partials + room, walk, BY_GROUPS, WHOLE, tiling)
             if is_last_to_arrive(counters, channel_block, programs):
-                counts = partials + 2 * NORMS * programs * C + channel_block * programs
+                counts = partials + 2 * programs * C + channel_block * programs
                 running = Running(running_mean, running_var, momentum, momentum_rest)
                 merge_statistics(partials, counts, stats, running, M, C, programs, channel_block, EPS, merging)
                 if NORMS == 2:
@@ -68,7 +71,7 @@ def _forward_kernel(
                         residual_running_mean, residual_running_var, residual_momentum, residual_momentum_rest
                     )
                     merge_statistics(
-                        partials + 2 * programs * C, counts, stats + 2 * C, residual_running, M, C, programs,
+                        partials + room, counts + room, stats + 2 * C, residual_running, M, C, programs,
                         channel_block, RESIDUAL_EPS, merging,
                     )  # fmt: skip
                 open_second_phase(counters, channel_block, channel_blocks)
@@ -131,13 +134,16 @@ def _launch_forward(call: Forward, stats: Tensor, y: Tensor, mask: Tensor | None
     reread = x.element_size()
     if call.residual_norm is not None and residual is not None:
         reread += residual.element_size()
-    launch = launch_table.ticketed("forward", g, reread, launch_table.l2_bytes(x.device))
-    partials = partial_statistics(call, launch.programs, launch.channel_blocks)
+    launch = launch_table.ticketed(
+        "forward", g, reread, launch_table.l2_bytes(x.device), launch_table.multiprocessors(x.device)
+    )
+    partials = partial_statistics(call, launch)
     _forward_kernel[launch.grid](
         x, residual, y, mask, partials, stats, x.new_zeros(launch.counters, dtype=torch.int32),
         norm.running_mean, norm.running_var, norm.weight, norm.bias,
         second.running_mean, second.running_var, second.weight, second.bias,
         *momentum_parts(norm), *momentum_parts(second),
         g.values, g.groups, g.positions, g.channels, launch.programs, launch.slice_blocks,
-        EPS=norm.eps, RESIDUAL_EPS=second.eps, NORMS=call.norms, **one_launch_options(launch, g, call.acc),
+        EPS=norm.eps, RESIDUAL_EPS=second.eps, NORMS=call.norms,
+        **quad_options(launch, g), **one_launch_options(launch, g, call.acc),
     )  # fmt: skip

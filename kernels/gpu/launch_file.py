@@ -17,21 +17,24 @@ MOST_WARPS = 32
 
 
 class Entry(NamedTuple):
-    """elements: of a tile. inner: those side by side in memory. programs: at most in the grid. warps: of a program."""
+    """elements: of a tile. inner: those side by side in memory. programs: that a multiprocessor holds at a time.
+
+    warps: of a program. stages: tiles of which one is worked on while the others are on their way.
+    """
 
     elements: int
     inner: int
     programs: int
     warps: int
+    stages: int
 
 
 class Table(NamedTuple):
     """Everything that ``python benchmarks/run.py tune`` searches, by (kernel or direction, channels_last)."""
 
-    # Entries by the largest number of elements they serve; the last serves the rest. Loads in flight set the sizes: as
-    # many elements a thread as registers allow for the programs that share a multiprocessor to have 32 KiB on their
-    # way. The statistics have two tiles on theirs. Short rows fit planes that are no power of two. More programs mean
-    # more partial results, which must stay small beside the tensor.
+    # Entries by the largest number of elements they serve; the last serves the rest. Chosen by the machine code: a tile
+    # of as many elements a thread as its registers allow, at most 128, and stages with which the programs of a
+    # multiprocessor have 48 KiB on their way. Short rows fit planes that are no power of two.
     streaming: dict[tuple[str, bool], tuple[tuple[int | None, Entry], ...]]
     # The tile of the one-launch kernels; programs: at most in one phase of a slice.
     ticketed: dict[tuple[str, bool], Entry]

@@ -16,17 +16,21 @@ from .launch_file import Entry as Entry
 
 
 class Launch(NamedTuple):
+    """programs: of a channel block. activations: walked side by side, each in a part of the grid."""
+
     block_positions: int
     block_channels: int
     channel_blocks: int
     programs: int
     warps: int
+    stages: int
     channel_major: bool
+    activations: int = 1
 
     @property
     def grid(self) -> tuple[int]:
         """One axis only: the others end at 65535."""
-        return (self.channel_blocks * self.programs,)
+        return (self.activations * self.channel_blocks * self.programs,)
 
 
 class MergeLaunch(NamedTuple):
@@ -58,6 +62,12 @@ L2_SHARE = 0.8
 LEAST_SLICE = 64
 # Without a GPU to ask: an H100's.
 L2_BYTES = 50 * 2**20
+MULTIPROCESSORS = 132
+# What beginning a program costs, in steps: its vectors over channels, and its first loads, which nothing hides.
+BEGINNING = 2
+# Waves of programs that a grid may have beyond the least, and how full the last should be.
+MORE_WAVES = 8
+LEAST_FILLED = 0.9
 # Partial results of this many programs are merged side by side, for this many channels in a program.
 MERGE = (128, 8)
 MERGE_WARPS = 8
@@ -102,18 +112,59 @@ def takes_one_launch(direction: str, g: Geometry) -> bool:
 
 
 @cached
-def streaming(kernel: str, g: Geometry, wide: bool = False) -> Launch:
-    """The launch of a kernel that walks whole activations of geometry ``g``; ``wide`` for arithmetic in float64."""
+def streaming(
+    kernel: str, g: Geometry, wide: bool = False, norms: int = 1, multiprocessors: int | None = None
+) -> Launch:
+    """The launch of a kernel that walks whole activations of geometry ``g``; ``wide`` for arithmetic in float64.
+
+    Of two ``norms`` the statistics are taken side by side; elsewhere they share a tile, of half the elements for their
+    vectors. For so many ``multiprocessors``, or without a number MULTIPROCESSORS.
+    """
     size = g.numel
     entry = next(e for limit, e in STREAMING[kernel, g.channels_last] if limit is None or size <= limit)
-    positions, channels = _tile(g, entry.elements // 2 if wide else entry.elements, entry.inner)
+    activations = norms if kernel == "statistics" else 1
+    positions, channels = _tile(g, entry.elements // (2 if wide else 1) // (norms // activations), entry.inner)
     channel_blocks = -(-g.columns // channels)
-    tiles = g.groups * -(-g.positions // positions)
-    # The nearest to the entry's: one more or less for each of many blocks is half the grid.
-    programs = min(tiles, max(1, (2 * entry.programs + channel_blocks) // (2 * channel_blocks)))
+    resident = (multiprocessors or MULTIPROCESSORS) * entry.programs
+    programs = _programs(_steps(kernel, g, positions), activations * channel_blocks, resident)
     block_bytes = g.numel // channel_blocks * (8 if wide else 4)
     channel_major = CHANNEL_MAJOR and g.channels_last and block_bytes <= CHANNEL_MAJOR_BYTES
-    return Launch(positions, channels, channel_blocks, programs, entry.warps, channel_major)
+    return Launch(
+        positions, channels, channel_blocks, programs, entry.warps, entry.stages, channel_major, activations
+    )  # fmt: skip
+
+
+def takes_groups(g: Geometry) -> bool:
+    """Whether the statistics take four groups a step, whose tiles end alike, and not four tiles of one group."""
+    return not g.channels_last and g.groups % 4 == 0
+
+
+def needs_wide_offsets(g: Geometry, positions: int, channels: int) -> bool:
+    """Whether a tile spans 2^31 elements or more."""
+    outer, inner, stride = (positions, channels, g.columns) if g.channels_last else (channels, positions, g.positions)
+    return (outer - 1) * stride + inner > 2**31
+
+
+def _steps(kernel: str, g: Geometry, positions: int) -> int:
+    """Steps that a walk over a block of channels has: tiles, or for the statistics four at a time, ragged ones too."""
+    if kernel not in ("statistics", "forward"):
+        return g.groups * -(-g.positions // positions)
+    if takes_groups(g):
+        return g.groups // 4 * -(-g.positions // positions)
+    return g.groups * -(-g.positions // (4 * positions))
+
+
+def _programs(steps: int, blocks: int, resident: int) -> int:
+    """Programs of each of the ``blocks``: with waves well filled, those that take the least time, counted in steps."""
+
+    def cost(programs: int) -> tuple[bool, int, float]:
+        waves = -(-programs * blocks // resident)
+        filled = programs * blocks / (waves * resident)
+        return filled < LEAST_FILLED, waves * (-(-steps // programs) + BEGINNING), -filled
+
+    least = -(-blocks // resident)
+    waves = range(least, least + MORE_WAVES)
+    return min({min(steps, each * resident // blocks) for each in waves}, key=cost)
 
 
 class OneLaunch(NamedTuple):
@@ -126,6 +177,7 @@ class OneLaunch(NamedTuple):
     slice_blocks: int
     programs: int
     warps: int
+    stages: int
 
     @property
     def grid(self) -> tuple[int]:
@@ -139,7 +191,7 @@ class OneLaunch(NamedTuple):
 
 
 @cached
-def ticketed(kernel: str, g: Geometry, reread: int, l2_bytes: int) -> OneLaunch:
+def ticketed(kernel: str, g: Geometry, reread: int, l2_bytes: int, multiprocessors: int | None = None) -> OneLaunch:
     """The one launch of a direction; ``reread``: the bytes of each element that its second phase reads again."""
     entry = TICKETED[kernel, g.channels_last]
     fitting = int(l2_bytes * L2_SHARE) // (2 * g.values * reread)
@@ -150,16 +202,24 @@ def ticketed(kernel: str, g: Geometry, reread: int, l2_bytes: int) -> OneLaunch:
     channel_blocks = -(-g.columns // channels)
     # Where not even one block fits, a single slice: both phases whole, one after the other.
     slice_blocks = min(fitting // channels, channel_blocks) or channel_blocks
-    tiles = g.groups * -(-g.positions // positions)
-    programs = min(tiles, max(1, entry.programs // slice_blocks))
+    resident = (multiprocessors or MULTIPROCESSORS) * entry.programs
+    programs = min(_steps(kernel, g, positions), max(1, resident // slice_blocks))
     block_programs = _power_of_two(programs, 1, max(1, MERGED_ELEMENTS // channels))
-    return OneLaunch(positions, channels, block_programs, channel_blocks, slice_blocks, programs, entry.warps)
+    return OneLaunch(
+        positions, channels, block_programs, channel_blocks, slice_blocks, programs, entry.warps, entry.stages
+    )
 
 
 @cached
 def l2_bytes(device: torch.device) -> int:
     """The size of a device's L2 cache."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else L2_BYTES
+
+
+@cached
+def multiprocessors(device: torch.device) -> int:
+    """How many a device has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else MULTIPROCESSORS
 
 
 def _tile(g: Geometry, elements: int, inner: int) -> tuple[int, int]:

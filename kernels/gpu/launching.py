@@ -84,18 +84,27 @@ class Backward(NamedTuple):
 
 
 @launch_table.cached
-def tile_options(kernel: str, g: Geometry, acc: torch.dtype) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid and the compile-time arguments that every streaming kernel takes."""
-    launch = launch_table.streaming(kernel, g, acc is torch.float64)
-    constants = _tile_constants(g, acc, launch.block_positions, launch.block_channels, launch.warps)
+def tile_options(
+    kernel: str, g: Geometry, acc: torch.dtype, device: torch.device, norms: int
+) -> tuple[launch_table.Launch, dict[str, Any]]:
+    """The launch and the compile-time arguments of a streaming kernel for so many ``norms``."""
+    launch = launch_table.streaming(kernel, g, acc is torch.float64, norms, launch_table.multiprocessors(device))
+    constants = _tile_constants(g, acc, launch)
     constants["CHANNEL_MAJOR"] = launch.channel_major
-    return launch.grid, constants | _order_constants() if kernel in ("normalise", "apply") else constants
+    if kernel == "statistics":
+        constants |= quad_options(launch, g)
+    return launch, constants | _order_constants() if kernel in ("normalise", "apply") else constants
+
+
+def quad_options(launch: launch_table.Launch | launch_table.OneLaunch, g: Geometry) -> dict[str, bool]:
+    """What is known of the statistics' steps. WHOLE: no block of channels ends beyond the last."""
+    return {"BY_GROUPS": launch_table.takes_groups(g), "WHOLE": g.columns % launch.block_channels == 0}
 
 
 @launch_table.cached
 def one_launch_options(launch: launch_table.OneLaunch, g: Geometry, acc: torch.dtype) -> dict[str, Any]:
     """The compile-time arguments that both one-launch kernels take."""
-    constants = _tile_constants(g, acc, launch.block_positions, launch.block_channels, launch.warps)
+    constants = _tile_constants(g, acc, launch)
     return constants | _order_constants() | {"BLOCK_P": launch.block_programs}
 
 
@@ -107,16 +116,18 @@ def _order_constants() -> dict[str, Any]:
 
 
 def _tile_constants(
-    g: Geometry, acc: torch.dtype, block_positions: int, block_channels: int, warps: int
+    g: Geometry, acc: torch.dtype, launch: launch_table.Launch | launch_table.OneLaunch
 ) -> dict[str, Any]:
     return {
         "PLANE": g.plane,
         "CHANNELS_LAST": g.channels_last,
         "ALIGN": math.gcd(g.inner, 16),
-        "BLOCK_S": block_positions,
-        "BLOCK_C": block_channels,
+        "BLOCK_S": launch.block_positions,
+        "BLOCK_C": launch.block_channels,
+        "WIDE": launch_table.needs_wide_offsets(g, launch.block_positions, launch.block_channels),
         "ACC": tl.float64 if acc is torch.float64 else tl.float32,
-        "num_warps": warps,
+        "STAGES": launch.stages,
+        "num_warps": launch.warps,
     }
 
 

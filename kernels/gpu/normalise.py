@@ -16,10 +16,12 @@ from .tile import (
     affine,
     aligned,
     channels_of,
+    first_place,
     in_order,
     load_norm,
     locate,
     locate_bits,
+    next_place,
     pack_bits,
     second_walk,
     store,
@@ -46,9 +48,11 @@ def normalise(
             second, c, c_inside, spread.RESIDUAL_EPS, spread.FROZEN, tiling
         )
 
-    for step in range(walk.program, walk.tiles, walk.programs):
-        tile = in_order(step, walk.tiles, order.REVERSED)
-        start, local, inside = locate(tile, walk, tiling)
+    next_group, next_block = first_place(walk.program, walk.blocks, tiling.CHANNELS_LAST)
+    for _ in tl.range(walk.program, walk.tiles, walk.programs, num_stages=tiling.STAGES):
+        group, block = in_order(next_group, next_block, walk, order.REVERSED, tiling.CHANNELS_LAST)
+        next_group, next_block = next_place(next_group, next_block, walk.stride, tiling.CHANNELS_LAST)
+        start, local, inside = locate(group, block, walk, tiling)
         value = tl.load(x + start + local, mask=inside, other=0, eviction_policy=order.EVICT)
         z = affine(value.to(tiling.ACC) - m, scale, shift)
         if residual is not None:
@@ -60,7 +64,7 @@ def normalise(
         off = z <= 0
         store(y + start + local, tl.where(off, 0, z), inside)
         if mask is not None:
-            start, local, inside = locate_bits(tile, walk, tiling)
+            start, local, inside = locate_bits(group, block, walk, tiling)
             tl.store(mask + start + local, pack_bits(~off), mask=inside)
 
 
@@ -72,14 +76,14 @@ def _normalise_kernel(
     EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr,
     REVERSED: tl.constexpr, EVICT: tl.constexpr,
     PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``normalise`` as a launch of its own."""
     norm = NormVectors(mean, rstd, weight, bias)
     second = NormVectors(residual_mean, residual_rstd, residual_weight, residual_bias)
     spread: tl.constexpr = Spread(FROZEN, EPS, RESIDUAL_EPS)
     order: tl.constexpr = Order(REVERSED, EVICT)
-    tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, ACC)
+    tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, WIDE, ACC, STAGES)
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
     walk = second_walk(G, S, C, CHANNEL_MAJOR, REVERSED, tiling)
     normalise(x, residual, y, mask, norm, second, walk, spread, order, tiling)
@@ -88,8 +92,8 @@ def _normalise_kernel(
 def launch_normalise(call: Forward, stats: Tensor | None, y: Tensor, mask: Tensor | None) -> None:
     """Fills ``y`` and ``mask``, with the batch's statistics or, without them, the running ones."""
     g = call.g
-    grid, options = tile_options("normalise", g, call.acc)
-    _normalise_kernel[grid](
+    launch, options = tile_options("normalise", g, call.acc, call.x.device, call.norms)
+    _normalise_kernel[launch.grid](
         call.x, call.residual, y, mask, *norm_vectors(stats, call.norm, call.residual_norm),
         g.groups, g.positions, g.columns,
         EPS=call.norm.eps, RESIDUAL_EPS=call.second.eps, FROZEN=stats is None, **options,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,12 +19,14 @@ from .tile import (
     aligned,
     by_channel,
     channels_of,
+    first_place,
     first_walk,
     load_norm,
     load_rstd,
     locate,
     locate_bits,
     locate_partials,
+    next_place,
     store,
     unpack_bits,
 )
@@ -73,15 +74,15 @@ def load_gradient(gradient, start, local, inside, EVICT: tl.constexpr, ACC: tl.c
 
 
 @triton.jit
-def relu_gradient(dy, z, inside, mask, tile, walk, tiling: tl.constexpr):
+def relu_gradient(dy, z, mask, group, block, walk, tiling: tl.constexpr):
     """dy where the forward let z through, by its mask or, where it kept none, by the sign of the same z."""
     if mask is not None:
-        start, local, bits_inside = locate_bits(tile, walk, tiling)
-        on = unpack_bits(tl.load(mask + start + local, mask=bits_inside, other=0))
+        start, local, inside = locate_bits(group, block, walk, tiling)
+        on = unpack_bits(tl.load(mask + start + local, mask=inside, other=0))
     else:
         on = ~(z <= 0)
-    # A select: 0·inf would be NaN.
-    return tl.where(on & inside, dy, 0)
+    # A select: 0·inf would be NaN. Outside the activation dy was loaded as 0.
+    return tl.where(on, dy, 0)
 
 
 @triton.jit
@@ -100,15 +101,18 @@ def reduce(
         )
         sum_dz_residual = tl.zeros(TILE, tiling.ACC)
 
-    for tile in range(walk.program, walk.tiles, walk.programs):
-        start, local, inside = locate(tile, walk, tiling)
+    next_group, next_block = first_place(walk.program, walk.blocks, tiling.CHANNELS_LAST)
+    for _ in tl.range(walk.program, walk.tiles, walk.programs, num_stages=tiling.STAGES):
+        group, block = next_group, next_block
+        next_group, next_block = next_place(group, block, walk.stride, tiling.CHANNELS_LAST)
+        start, local, inside = locate(group, block, walk, tiling)
         centred = tl.load(saved.x + start + local, mask=inside, other=0).to(tiling.ACC) - m
         z = affine(centred, scale, shift)
         if saved.residual is not None:
             residual_centred = tl.load(saved.residual + start + local, mask=inside, other=0).to(tiling.ACC) - residual_m
             z += affine(residual_centred, residual_scale, residual_shift)
         dz = load_gradient(gradient, start, local, inside, "", tiling.ACC)
-        dz = relu_gradient(dz, z, inside, saved.mask, tile, walk, tiling)
+        dz = relu_gradient(dz, z, saved.mask, group, block, walk, tiling)
         if out.dz is not None:
             store(out.dz + start + local, dz, inside)
         if out.dx is not None:
@@ -117,9 +121,9 @@ def reduce(
             store(out.dresidual + start + local, dz * residual_scale, inside)
         if partials is not None:
             sum_dz += dz
-            sum_dz_x += tl.where(inside, dz * centred, 0)
+            sum_dz_x += dz * centred
             if saved.residual is not None:
-                sum_dz_residual += tl.where(inside, dz * residual_centred, 0)
+                sum_dz_residual += dz * residual_centred
 
     if partials is not None:
         AXIS: tl.constexpr = 0 if tiling.CHANNELS_LAST else 1
@@ -166,7 +170,7 @@ def _reduce_kernel(
     G, S, C,
     EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr,
     PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``reduce`` as a launch of its own."""
     gradient = Gradient(dy, dy_fork)
@@ -175,9 +179,9 @@ def _reduce_kernel(
     norm = NormVectors(mean, rstd, weight, bias)
     second = NormVectors(residual_mean, residual_rstd, residual_weight, residual_bias)
     spread: tl.constexpr = Spread(FROZEN, EPS, RESIDUAL_EPS)
-    tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, ACC)
+    tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, WIDE, ACC, STAGES)
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
-    walk = first_walk(G, S, C, CHANNEL_MAJOR, tiling)
+    walk = first_walk(tl.program_id(0), tl.num_programs(0), G, S, C, CHANNEL_MAJOR, tiling)
     reduce(gradient, saved, out, partials, norm, second, walk, spread, tiling)
 
 
@@ -206,10 +210,9 @@ def launch_sums(
     and ``parameters``, in another.
     """
     x, g = call.x, call.g
-    launch = launch_table.streaming("reduce", g, call.acc is torch.float64)
+    launch, options = tile_options("reduce", g, call.acc, x.device, call.rows - 1)
     partials = None if sums is None else x.new_empty((call.rows, launch.programs, g.columns), dtype=call.acc)
-    grid, options = tile_options("reduce", g, call.acc)
-    _reduce_kernel[grid](
+    _reduce_kernel[launch.grid](
         *call.gradients, x, call.residual, call.mask, *local, partials, *call.vectors,
         g.groups, g.positions, g.columns, EPS=call.eps[0], RESIDUAL_EPS=call.eps[1], FROZEN=frozen, **options,
     )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,14 +15,19 @@ from .launching import Forward, tile_options
 from .tile import (
     Tiling,
     aligned,
+    by_channel,
+    by_position,
     channels_of,
-    count_tile,
+    first_place,
     first_walk,
-    locate,
+    inside_block,
     locate_partials,
     merge_lanes,
+    next_place,
     store,
+    stride_of,
     welford,
+    within_tile,
 )
 
 
@@ -36,6 +40,20 @@ class Running(NamedTuple):
     momentum_rest: Any
 
 
+class Quads(NamedTuple):
+    """Steps of four tiles, ``stride`` from one to the next: ``inner`` whole ones side by side in each ``outer``.
+
+    ``ragged``: after them another one that not all of is inside.
+    """
+
+    outer: Any
+    inner: Any
+    ragged: Any
+    outer_stride: Any
+    inner_stride: Any
+    stride: Any
+
+
 class Merging(NamedTuple):
     """How partial results are merged: so many columns a channel, programs side by side, channels of a program."""
 
@@ -46,49 +64,87 @@ class Merging(NamedTuple):
 
 
 @triton.jit
-def take_statistics(x, residual, partials, walk, tiling: tl.constexpr):
-    """A program's mean, M2 and count of each channel of its block, over every P-th tile; of ``residual`` too."""
+def quads_of(walk, BY_GROUPS: tl.constexpr, tiling: tl.constexpr):
+    """A walk in steps of four tiles: neighbours along the positions, or with BY_GROUPS the same of four groups."""
+    C = tl.cast(walk.C, tl.int64)
+    group = C * walk.S
+    row = C * tiling.BLOCK_S if tiling.CHANNELS_LAST else tl.cast(tiling.BLOCK_S, tl.int64)
+    if BY_GROUPS:
+        inner = tl.cast(walk.S // tiling.BLOCK_S, tl.int32)
+        return Quads(walk.groups // 4, inner, inner < walk.blocks, 4 * group, row, group)
+    else:
+        inner = tl.cast(walk.S // (4 * tiling.BLOCK_S), tl.int32)
+        ragged = tl.cast(walk.S % (4 * tiling.BLOCK_S), tl.int32) > 0
+        return Quads(walk.groups, inner, ragged, group, 4 * row, row)
+
+
+@triton.jit
+def room_for_partials(programs, C, channel_blocks):
+    """What one norm's means, M2 and counts take of the partial results."""
+    return programs * (2 * C + channel_blocks)
+
+
+@triton.jit
+def take_statistics(x, partials, walk, BY_GROUPS: tl.constexpr, WHOLE: tl.constexpr, tiling: tl.constexpr):
+    """A program's mean, M2 and count of each channel of its block, over every P-th four tiles.
+
+    Whole quads of tiles first, without a mask over positions, their lanes in step: Chan's pairwise tree within a quad,
+    then the quad's mean into the lane's. Ragged ones after them, value by value.
+    """
     TILE: tl.constexpr = (tiling.BLOCK_S, tiling.BLOCK_C) if tiling.CHANNELS_LAST else (tiling.BLOCK_C, tiling.BLOCK_S)
-    count = tl.zeros((tiling.BLOCK_S,), tiling.ACC)
+    quads = quads_of(walk, BY_GROUPS, tiling)
+    c0 = tl.cast(walk.channel_block, tl.int64) * tiling.BLOCK_C
+    of_block = x + c0 * (1 if tiling.CHANNELS_LAST else walk.S)
+    local = within_tile(walk.S, walk.C, tiling.CHANNELS_LAST, tiling.BLOCK_S, tiling.BLOCK_C, tiling.WIDE)
+    c, c_inside = channels_of(walk.channel_block, walk.C, tiling.BLOCK_C)
+    lanes = None if WHOLE else tl.broadcast_to(by_channel(c_inside, tiling.CHANNELS_LAST), TILE)
     mean = tl.zeros(TILE, tiling.ACC)
     m2 = tl.zeros(TILE, tiling.ACC)
-    if residual is not None:
-        residual_mean = tl.zeros(TILE, tiling.ACC)
-        residual_m2 = tl.zeros(TILE, tiling.ACC)
+    m2_pairs = tl.zeros(TILE, tiling.ACC)
+    taken = tl.cast(0, tiling.ACC)
 
-    for tile in range(walk.program, walk.tiles, 2 * walk.programs):
-        # Two tiles are on their way before either is used, with no more accumulators than for one.
-        following = tile + walk.programs
-        start, local, inside = locate(tile, walk, tiling)
-        next_start, _, next_inside = locate(following, walk, tiling)
-        # A select, as Triton 3.9's interpreter loses the type of a scalar's comparison in an and.
-        next_inside = tl.where(following < walk.tiles, next_inside, False)
-        value = tl.load(x + start + local, mask=inside, other=0)
-        next_value = tl.load(x + next_start + local, mask=next_inside, other=0)
-        if residual is not None:
-            residual_value = tl.load(residual + start + local, mask=inside, other=0)
-            next_residual_value = tl.load(residual + next_start + local, mask=next_inside, other=0)
+    steps = quads.outer * quads.inner
+    stride = stride_of(walk.programs, tl.maximum(quads.inner, 1), tiling.CHANNELS_LAST)
+    outer, inner = first_place(walk.program, stride.in_group, tiling.CHANNELS_LAST)
+    for _ in tl.range(walk.program, steps, walk.programs, num_stages=tiling.STAGES):
+        at = of_block + outer * quads.outer_stride + inner * quads.inner_stride
+        # Channels that do not exist may hold anything.
+        v0 = tl.load(at + local, mask=lanes).to(tiling.ACC)
+        v1 = tl.load(at + quads.stride + local, mask=lanes).to(tiling.ACC)
+        v2 = tl.load(at + 2 * quads.stride + local, mask=lanes).to(tiling.ACC)
+        v3 = tl.load(at + 3 * quads.stride + local, mask=lanes).to(tiling.ACC)
+        outer, inner = next_place(outer, inner, stride, tiling.CHANNELS_LAST)
+        share = 1 / (taken + 1)
+        first, second = v0 - v1, v2 - v3
+        m2 += first * first
+        m2 += second * second
+        first, second = v0 + v1, v2 + v3
+        between = first - second
+        m2_pairs += between * between
+        delta = (first + second) * 0.25 - mean
+        mean += delta * share
+        # Of a quad's mean 4·taken·share, twice, as of two values' difference. In this order never 0·Inf.
+        m2 += delta * (delta * (8 * taken * share))
+        taken += 1
+    m2 = m2 * 0.5 + m2_pairs * 0.25
+    count = tl.zeros((tiling.BLOCK_S,), tiling.ACC) + 4 * taken
 
-        count, share = count_tile(count, tile, walk, tiling)
-        mean, m2 = welford(value, inside, share, mean, m2)
-        if residual is not None:
-            residual_mean, residual_m2 = welford(residual_value, inside, share, residual_mean, residual_m2)
-        count, share = count_tile(count, following, walk, tiling)
-        mean, m2 = welford(next_value, next_inside, share, mean, m2)
-        if residual is not None:
-            residual_mean, residual_m2 = welford(next_residual_value, next_inside, share, residual_mean, residual_m2)
+    # The programs that had a quad less begin.
+    following = (walk.program + walk.programs - steps % walk.programs) % walk.programs
+    for outer in range(following, tl.where(quads.ragged, quads.outer, 0), walk.programs):
+        at = of_block + outer * quads.outer_stride + quads.inner * quads.inner_stride
+        block = quads.inner if BY_GROUPS else quads.inner * 4
+        for tile in tl.static_range(4):
+            s_inside = inside_block(block if BY_GROUPS else block + tile, walk.S, tiling.BLOCK_S)
+            inside = by_position(s_inside, tiling.CHANNELS_LAST) & by_channel(c_inside, tiling.CHANNELS_LAST)
+            value = tl.load(at + tile * quads.stride + local, mask=inside, other=0).to(tiling.ACC)
+            count, mean, m2 = welford(value, s_inside, count, mean, m2, tiling.CHANNELS_LAST)
 
-    c, c_inside = channels_of(walk.channel_block, walk.C, tiling.BLOCK_C)
-    row = walk.programs * walk.C
-    NORMS: tl.constexpr = 1 if residual is None else 2
     total, centre, spread = merge_lanes(count, mean, m2, tiling.CHANNELS_LAST)
+    row = walk.programs * walk.C
     tl.store(partials + walk.program * walk.C + c, centre, mask=c_inside)
     tl.store(partials + row + walk.program * walk.C + c, spread, mask=c_inside)
-    if residual is not None:
-        _, centre, spread = merge_lanes(count, residual_mean, residual_m2, tiling.CHANNELS_LAST)
-        tl.store(partials + 2 * row + walk.program * walk.C + c, centre, mask=c_inside)
-        tl.store(partials + 3 * row + walk.program * walk.C + c, spread, mask=c_inside)
-    tl.store(partials + 2 * NORMS * row + walk.channel_block * walk.programs + walk.program, total)
+    tl.store(partials + 2 * row + walk.channel_block * walk.programs + walk.program, total)
 
 
 @triton.jit
@@ -138,13 +194,31 @@ def merge_statistics(
 def _statistics_kernel(
     x, residual, partials,
     G, S, C,
+    BY_GROUPS: tl.constexpr, WHOLE: tl.constexpr,
     PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``take_statistics`` as a launch of its own."""
-    tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, ACC)
+    """``take_statistics`` as a launch of its own, of ``residual`` too in a half of the grid of its own."""
+    tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, WIDE, ACC, STAGES)
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
-    take_statistics(x, residual, partials, first_walk(G, S, C, CHANNEL_MAJOR, tiling), tiling)
+    number = tl.program_id(0)
+    if residual is None:
+        walk = first_walk(number, tl.num_programs(0), G, S, C, CHANNEL_MAJOR, tiling)
+        take_statistics(x, partials, walk, BY_GROUPS, WHOLE, tiling)
+    else:
+        half = tl.num_programs(0) // 2
+        walk = first_walk(number % half, half, G, S, C, CHANNEL_MAJOR, tiling)
+        of_residual = partials + room_for_partials(walk.programs, C, tl.cdiv(C, BLOCK_C))
+        if x.dtype == residual.dtype:
+            # The same code for both takes fewer registers.
+            if number >= half:
+                x = residual
+                partials = of_residual
+            take_statistics(x, partials, walk, BY_GROUPS, WHOLE, tiling)
+        elif number < half:
+            take_statistics(x, partials, walk, BY_GROUPS, WHOLE, tiling)
+        else:
+            take_statistics(residual, of_residual, walk, BY_GROUPS, WHOLE, tiling)
 
 
 @triton.jit
@@ -152,23 +226,24 @@ def _merge_statistics_kernel(
     partials, stats,
     running_mean, running_var, residual_running_mean, residual_running_var,
     momentum, momentum_rest, residual_momentum, residual_momentum_rest,
-    M, C, programs,
+    M, C, programs, tile_blocks,
     EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, NORMS: tl.constexpr,
     PLANE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``merge_statistics`` for one norm, or for two in the halves of the grid."""
     merging: tl.constexpr = Merging(PLANE, BLOCK_P, BLOCK_C, ACC)
     # The programs of every channel block have the same counts: those of the first serve all.
-    counts = partials + 2 * NORMS * programs * C * PLANE
+    counts = partials + 2 * programs * C * PLANE
     channel_blocks = tl.cdiv(C, BLOCK_C)
     channel_block = tl.program_id(0)
     if channel_block < channel_blocks:
         running = Running(running_mean, running_var, momentum, momentum_rest)
         merge_statistics(partials, counts, stats, running, M, C, programs, channel_block, EPS, merging)
     elif NORMS == 2:
+        room = room_for_partials(programs, C * PLANE, tile_blocks)
         running = Running(residual_running_mean, residual_running_var, residual_momentum, residual_momentum_rest)
         merge_statistics(
-            partials + 2 * programs * C * PLANE, counts, stats + 2 * C, running, M, C, programs,
+            partials + room, counts + room, stats + 2 * C, running, M, C, programs,
             channel_block - channel_blocks, RESIDUAL_EPS, merging,
         )  # fmt: skip
 
@@ -176,25 +251,24 @@ def _merge_statistics_kernel(
 def launch_statistics(call: Forward, stats: Tensor) -> None:
     """Fills ``stats`` and updates the running statistics, in two launches."""
     norm, second, g, acc = call.norm, call.second, call.g, call.acc
-    launch = launch_table.streaming("statistics", g, acc is torch.float64)
-    grid, options = tile_options("statistics", g, acc)
-    partials = partial_statistics(call, launch.programs, launch.channel_blocks)
-    _statistics_kernel[grid](
+    launch, options = tile_options("statistics", g, acc, call.x.device, call.norms)
+    partials = partial_statistics(call, launch)
+    _statistics_kernel[launch.grid](
         call.x, None if call.residual_norm is None else call.residual, partials,
         g.groups, g.positions, g.columns, **options,
     )  # fmt: skip
     merge = launch_table.merge(launch.programs * g.plane, g.channels)
     _merge_statistics_kernel[(merge.channel_blocks * call.norms,)](
         partials, stats, norm.running_mean, norm.running_var, second.running_mean, second.running_var,
-        *momentum_parts(norm), *momentum_parts(second), g.values, g.channels, launch.programs,
+        *momentum_parts(norm), *momentum_parts(second), g.values, g.channels, launch.programs, launch.channel_blocks,
         EPS=norm.eps, RESIDUAL_EPS=second.eps, NORMS=call.norms, PLANE=g.plane, BLOCK_P=merge.block_programs,
         BLOCK_C=merge.block_channels, ACC=options["ACC"], num_warps=merge.warps,
     )  # fmt: skip
 
 
-def partial_statistics(call: Forward, programs: int, channel_blocks: int) -> Tensor:
-    """Room for each program's mean and M2 of its channels, and its counts."""
-    return call.x.new_empty(programs * (2 * call.norms * call.g.columns + channel_blocks), dtype=call.acc)
+def partial_statistics(call: Forward, launch: launch_table.Launch | launch_table.OneLaunch) -> Tensor:
+    """Room for each norm's programs: the mean and M2 of their channels, and their counts."""
+    return call.x.new_empty(call.norms * launch.programs * (2 * call.g.columns + launch.channel_blocks), dtype=call.acc)
 
 
 def momentum_parts(norm: Norm) -> tuple[float, float]:

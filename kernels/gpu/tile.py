@@ -12,27 +12,45 @@ from triton import knobs
 
 
 class Tiling(NamedTuple):
-    """How an activation is cut into tiles, and the dtype of the arithmetic on them. Known to the compiler."""
+    """How an activation is cut into tiles, and how they are worked on. Known to the compiler.
+
+    WIDE: offsets within a tile need 64 bits. ACC: the dtype of the arithmetic. STAGES: tiles of which one is worked on
+    while the others are on their way.
+    """
 
     CHANNELS_LAST: Any
     PLANE: Any
     BLOCK_S: Any
     BLOCK_C: Any
+    WIDE: Any
     ACC: Any
+    STAGES: Any
 
 
 class Walk(NamedTuple):
     """A program's work: of a block of channels every ``programs``-th of ``tiles``, from number ``program`` on.
 
-    S, C: positions and columns of the activation, each group of it.
+    A tile is one of ``blocks`` of positions of one of ``groups``. S, C: positions and columns of each group. stride:
+    from one tile to the next.
     """
 
     channel_block: Any
     program: Any
     programs: Any
+    groups: Any
+    blocks: Any
     tiles: Any
+    stride: Any
     S: Any
     C: Any
+
+
+class Stride(NamedTuple):
+    """How many groups and blocks on a program's next tile or step lies, carried where a group has no more blocks."""
+
+    groups: Any
+    blocks: Any
+    in_group: Any
 
 
 class Order(NamedTuple):
@@ -83,77 +101,132 @@ def aligned(S, C, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def first_walk(G, S, C, CHANNEL_MAJOR: tl.constexpr, tiling: tl.constexpr):
-    """What this program does of a first phase. Neighbours share rows, or with CHANNEL_MAJOR a block of channels."""
-    channel_blocks = tl.cdiv(C, tiling.BLOCK_C)
-    programs = tl.num_programs(0) // channel_blocks
-    tiles = G * tl.cdiv(S, tiling.BLOCK_S)
-    if CHANNEL_MAJOR:
-        return Walk(tl.program_id(0) // programs, tl.program_id(0) % programs, programs, tiles, S, C)
+def walk_of(channel_block, program, programs, G, S, C, tiling: tl.constexpr):
+    """The walk of a program over what (G, S, C) says of an activation."""
+    blocks = tl.cast(tl.cdiv(S, tiling.BLOCK_S), tl.int32)
+    stride = stride_of(programs, blocks, tiling.CHANNELS_LAST)
+    return Walk(channel_block, program, programs, G, blocks, G * blocks, stride, S, C)
+
+
+@triton.jit
+def stride_of(programs, blocks, CHANNELS_LAST: tl.constexpr):
+    """The stride of a program among so many, over groups of so many blocks; a channels_last tensor has one group."""
+    if CHANNELS_LAST:
+        return Stride(0, programs, blocks)
     else:
-        return Walk(tl.program_id(0) % channel_blocks, tl.program_id(0) // channel_blocks, programs, tiles, S, C)
+        return Stride(programs // blocks, programs % blocks, blocks)
+
+
+@triton.jit
+def first_walk(number, numbers, G, S, C, CHANNEL_MAJOR: tl.constexpr, tiling: tl.constexpr):
+    """What program ``number`` does of a first phase. Neighbours share rows, or CHANNEL_MAJOR a channel block."""
+    channel_blocks = tl.cdiv(C, tiling.BLOCK_C)
+    programs = numbers // channel_blocks
+    if CHANNEL_MAJOR:
+        return walk_of(number // programs, number % programs, programs, G, S, C, tiling)
+    else:
+        return walk_of(number % channel_blocks, number // channel_blocks, programs, G, S, C, tiling)
 
 
 @triton.jit
 def second_walk(G, S, C, CHANNEL_MAJOR: tl.constexpr, REVERSED: tl.constexpr, tiling: tl.constexpr):
     """As ``first_walk``, for the second phase: REVERSED, it begins with the block that the first ended with."""
-    walk = first_walk(G, S, C, CHANNEL_MAJOR, tiling)
+    walk = first_walk(tl.program_id(0), tl.num_programs(0), G, S, C, CHANNEL_MAJOR, tiling)
     channel_block = walk.channel_block
     if REVERSED and CHANNEL_MAJOR:
         channel_block = tl.cdiv(C, tiling.BLOCK_C) - 1 - channel_block
-    return Walk(channel_block, walk.program, walk.programs, walk.tiles, S, C)
+    return walk_of(channel_block, walk.program, walk.programs, G, S, C, tiling)
 
 
 @triton.jit
-def in_order(step, tiles, REVERSED: tl.constexpr):
-    """The tile of a step. From the last to the first, a walk begins with what the one before it has left in cache."""
-    if REVERSED:
-        return tiles - 1 - step
+def first_place(program, blocks, CHANNELS_LAST: tl.constexpr):
+    """The group and the block of positions of a program's first tile."""
+    if CHANNELS_LAST:
+        return tl.cast(0, tl.int32), program
     else:
-        return step
+        return program // blocks, program % blocks
 
 
 @triton.jit
-def positions_inside(tile, S, BLOCK_S: tl.constexpr):
-    """Which of a tile's positions exist."""
-    left = S - tl.cast(tile % tl.cdiv(S, BLOCK_S), tl.int64) * BLOCK_S
-    return tl.arange(0, BLOCK_S) < tl.minimum(left, BLOCK_S).to(tl.int32)
+def next_place(group, block, stride, CHANNELS_LAST: tl.constexpr):
+    """Those of its next. A sum and a carry: a division for every tile would hold up its loads."""
+    block += stride.blocks
+    if not CHANNELS_LAST:
+        carries = block >= stride.in_group
+        block = tl.where(carries, block - stride.in_group, block)
+        group += stride.groups + carries.to(tl.int32)
+    return group, block
 
 
 @triton.jit
-def locate(tile, walk, tiling: tl.constexpr):
-    """The 64-bit offset of a tile's first element, the 32-bit offsets of the others from it, which are inside."""
+def in_order(group, block, walk, REVERSED: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Where a tile lies. From the last to the first, a walk begins with what the one before it has left in cache."""
+    if REVERSED:
+        block = walk.blocks - 1 - block
+        if not CHANNELS_LAST:
+            group = walk.groups - 1 - group
+    return group, block
+
+
+@triton.jit
+def inside_block(block, extent, BLOCK: tl.constexpr):
+    """Which elements of a block of an axis exist."""
+    left = extent - tl.cast(block, tl.int64) * BLOCK
+    return tl.arange(0, BLOCK) < tl.minimum(left, BLOCK).to(tl.int32)
+
+
+@triton.jit
+def within_tile(S, C, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr):
+    """The offsets of a tile's elements from its first, in 32 bits or where WIDE in 64."""
+    s = tl.arange(0, BLOCK_S)
+    c = tl.arange(0, BLOCK_C)
+    if WIDE:
+        s = s.to(tl.int64)
+        c = c.to(tl.int64)
+    if CHANNELS_LAST:
+        return s[:, None] * C + c[None, :]
+    else:
+        return c[:, None] * S + s[None, :]
+
+
+@triton.jit
+def locate(group, block, walk, tiling: tl.constexpr):
+    """The 64-bit offset of a tile's first element, the offsets of the others from it, which are inside."""
     return _locate(
-        tile, walk.channel_block, walk.S, walk.C, tiling.CHANNELS_LAST, tiling.BLOCK_S, tiling.BLOCK_C
+        group, block, walk.blocks, walk.channel_block, walk.S, walk.C,
+        tiling.CHANNELS_LAST, tiling.BLOCK_S, tiling.BLOCK_C, tiling.WIDE,
     )  # fmt: skip
 
 
 @triton.jit
-def locate_bits(tile, walk, tiling: tl.constexpr):
+def locate_bits(group, block, walk, tiling: tl.constexpr):
     """As ``locate``, for the tile's bytes in a mask whose inner axis is packed by eight."""
     if tiling.CHANNELS_LAST:
-        return _locate(tile, walk.channel_block, walk.S, tl.cdiv(walk.C, 8), True, tiling.BLOCK_S, tiling.BLOCK_C // 8)
+        return _locate(
+            group, block, walk.blocks, walk.channel_block, walk.S, tl.cdiv(walk.C, 8),
+            True, tiling.BLOCK_S, tiling.BLOCK_C // 8, tiling.WIDE,
+        )  # fmt: skip
     else:
-        return _locate(tile, walk.channel_block, tl.cdiv(walk.S, 8), walk.C, False, tiling.BLOCK_S // 8, tiling.BLOCK_C)
+        return _locate(
+            group, block, walk.blocks, walk.channel_block, tl.cdiv(walk.S, 8), walk.C,
+            False, tiling.BLOCK_S // 8, tiling.BLOCK_C, tiling.WIDE,
+        )  # fmt: skip
 
 
 @triton.jit
-def _locate(tile, channel_block, S, C, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    tiles_per_group = tl.cdiv(S, BLOCK_S)
-    group = tl.cast(tile // tiles_per_group, tl.int64)
-    s0 = tl.cast(tile % tiles_per_group, tl.int64) * BLOCK_S
+def _locate(
+    group, block, blocks, channel_block, S, C,
+    CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    s0 = tl.cast(block, tl.int64) * BLOCK_S
     c0 = tl.cast(channel_block, tl.int64) * BLOCK_C
-    s = tl.arange(0, BLOCK_S)
-    c = tl.arange(0, BLOCK_C)
-    c_inside = c < tl.minimum(C - c0, BLOCK_C).to(tl.int32)
-    inside = by_position(positions_inside(tile, S, BLOCK_S), CHANNELS_LAST) & by_channel(c_inside, CHANNELS_LAST)
-    if CHANNELS_LAST:
-        start = (group * S + s0) * C + c0
-        local = s[:, None] * C + c[None, :]
-    else:
-        start = (group * C + c0) * S + s0
-        local = c[:, None] * S + s[None, :]
-    return start, local, inside
+    # What is the same for every tile stands alone.
+    start = c0 + s0 * C if CHANNELS_LAST else c0 * S + tl.cast(group, tl.int64) * (tl.cast(C, tl.int64) * S) + s0
+    # Only the last block may end beyond the last position.
+    left = tl.cast(S - tl.cast(blocks - 1, tl.int64) * BLOCK_S, tl.int32)
+    s_inside = tl.arange(0, BLOCK_S) < tl.where(block == blocks - 1, left, BLOCK_S)
+    inside = by_position(s_inside, CHANNELS_LAST) & by_channel(inside_block(channel_block, C, BLOCK_C), CHANNELS_LAST)
+    return start, within_tile(S, C, CHANNELS_LAST, BLOCK_S, BLOCK_C, WIDE), inside
 
 
 @triton.jit
@@ -235,24 +308,18 @@ def load_norm(norm, column, c_inside, EPS: tl.constexpr, FROZEN: tl.constexpr, t
 @triton.jit
 def affine(centred, scale, shift):
     """weight·x̂ + bias. One fused multiply-add everywhere, so that a recomputed sign is the forward's own."""
-    return tl.fma(centred, scale + tl.zeros_like(centred), shift + tl.zeros_like(centred))
+    return tl.fma(centred, tl.broadcast_to(scale, centred.shape), tl.broadcast_to(shift, centred.shape))
 
 
 @triton.jit
-def count_tile(count, tile, walk, tiling: tl.constexpr):
-    """Each position's number of values with one more tile, and the weight of that tile's value in their mean."""
-    count += (positions_inside(tile, walk.S, tiling.BLOCK_S) & (tile < walk.tiles)).to(count.dtype)
-    return count, by_position(1 / tl.where(count > 0, count, 1), tiling.CHANNELS_LAST)
-
-
-@triton.jit
-def welford(value, inside, share, mean, m2):
-    """Each lane's running (mean, M2) with one more value, its ``share`` of them, in the lanes that are inside."""
-    value = value.to(mean.dtype)
+def welford(value, s_inside, count, mean, m2, CHANNELS_LAST: tl.constexpr):
+    """Each lane's (count, mean, M2) with one more value, in the positions that are inside; ``count`` is by position."""
+    count += s_inside.to(count.dtype)
+    inside = by_position(s_inside, CHANNELS_LAST)
     delta = tl.where(inside, value - mean, 0)
-    mean += delta * share
+    mean += delta * by_position(1 / tl.where(count > 0, count, 1), CHANNELS_LAST)
     m2 += delta * tl.where(inside, value - mean, 0)
-    return mean, m2
+    return count, mean, m2
 
 
 @triton.jit

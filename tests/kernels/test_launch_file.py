@@ -23,9 +23,8 @@ CHANGES = {
     "streaming.apply.contiguous[0].warps": (3, "a power of two from 1 to 32"),
     "streaming.reduce.channels_last[0].elements": (1000, "a power of two from 8"),
     "streaming.reduce.channels_last[0].inner": (4096, "a power of two from 8 to "),
-    "streaming.reduce.channels_last[0].limit": (None, "an integer above 0"),
-    "streaming.statistics.contiguous[1].limit": (2**20, "an integer above 4194304"),
-    "streaming.statistics.contiguous[2].limit": (5, "null"),
+    "streaming.statistics.contiguous[0].limit": (5, "null"),
+    "streaming.apply.channels_last[0].stages": (0, "a positive integer"),
     "streaming.normalise.channels_last": ([], "a list of entries"),
     "ticketed.forward.contiguous.programs": (0, "a positive integer"),
     "ticketed.backward.channels_last.programs": (1.5, "a positive integer"),
@@ -73,7 +72,7 @@ def test_the_file_says_what_is_in_force() -> None:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     table = launch_file.read()._replace(
-        ticketed={key: Entry(2**i, 8, 7, 8) for i, key in enumerate(launch_table.TICKETED, start=4)},
+        ticketed={key: Entry(2**i, 8, 7, 8, 2) for i, key in enumerate(launch_table.TICKETED, start=4)},
         one_launch_elements=dict(zip(launch_table.TICKETED, (None, 0, 5, 2**40), strict=True)),
         second_phase_reversed=False,
         tuned_on=[{"gpu": "NVIDIA H200"}],
@@ -94,7 +93,19 @@ def test_a_wrong_value_is_an_error_that_names_file_and_key(key: str, tmp_path: P
     assert f": {key} must be {needs}" in refusal(content, tmp_path / "table.json")
 
 
-@pytest.mark.parametrize("key", ["ticketed", "streaming.apply.contiguous", "streaming.reduce.contiguous[1].warps"])
+def test_limits_must_rise(tmp_path: Path) -> None:
+    def split(limits: list[int | None]):
+        return lambda parent, last: parent.__setitem__(last, [parent[last][0] | {"limit": limit} for limit in limits])
+
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(changed("streaming.reduce.contiguous", split([5, 9, None]))))
+    assert [limit for limit, _ in launch_file.read(path).streaming["reduce", False]] == [5, 9, None]
+    for limits, at, needs in (([5, 5, None], 1, 5), ([None, None], 0, 0)):
+        content = changed("streaming.reduce.contiguous", split(limits))
+        assert f"contiguous[{at}].limit must be an integer above {needs}" in refusal(content, path)
+
+
+@pytest.mark.parametrize("key", ["ticketed", "streaming.apply.contiguous", "streaming.reduce.contiguous[0].warps"])
 def test_missing_and_unknown_keys(key: str, tmp_path: Path) -> None:
     parent, _, last = key.rpartition(".")
     missing = refusal(changed(key, lambda d, last: d.pop(last)), tmp_path / "table.json")
@@ -129,13 +140,13 @@ def test_another_table_is_in_force_only_within() -> None:
     g = Geometry(True, 1, 1000, 64)
     before = launch_table.streaming("apply", g)
     reversed_before = launch_table.SECOND_PHASE_REVERSED
-    assert tile_options("apply", g, torch.float32)[1]["REVERSED"] == reversed_before
-    entry = Entry(64, 16, 3, 2)
+    assert tile_options("apply", g, torch.float32, torch.device("meta"), 1)[1]["REVERSED"] == reversed_before
+    entry = Entry(64, 16, 3, 2, 1)
     streaming = {**launch_table.STREAMING, ("apply", True): ((None, entry),)}
     with launch_table.using(STREAMING=streaming, SECOND_PHASE_REVERSED=not reversed_before):
         assert launch_table.streaming("apply", g).warps == 2
-        assert tile_options("apply", g, torch.float32)[1]["REVERSED"] != reversed_before
-    assert tile_options("apply", g, torch.float32)[1]["REVERSED"] == reversed_before
+        assert tile_options("apply", g, torch.float32, torch.device("meta"), 1)[1]["REVERSED"] != reversed_before
+    assert tile_options("apply", g, torch.float32, torch.device("meta"), 1)[1]["REVERSED"] == reversed_before
     assert launch_table.streaming("apply", g) == before
 
 
