@@ -33,9 +33,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _prepare(interpreted: bool) -> None:
     """``interpreted``: whether the command runs Triton's kernels, without a GPU in the interpreter."""
     import torch
-    from console import plain
-
-    plain.stand_in()
     from workloads.interpreter import keep_patches
 
     if not sys.stdout.isatty():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -79,7 +80,9 @@ def stand_in() -> None:
     """For what of rich is used here, where there is none; says so."""
     if find_spec("rich") is not None:
         return
-    print("rich is not installed: tables are plain, and progress is said in lines")
+    # Not again where a process that was spawned imports this anew.
+    if multiprocessing.current_process().name == "MainProcess":
+        print("rich is not installed: tables are plain, and progress is said in lines", file=sys.stderr)
     columns = ("BarColumn", "MofNCompleteColumn", "TextColumn", "TimeRemainingColumn")
     contents: dict[str, dict[str, Any]] = {
         "rich": {},

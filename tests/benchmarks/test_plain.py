@@ -13,7 +13,7 @@ def without_rich(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(plain, "find_spec", lambda name: None)
     plain.stand_in()
-    assert "rich is not installed" in capsys.readouterr().out
+    assert "rich is not installed" in capsys.readouterr().err
 
 
 def test_tables_and_lines_are_plain(without_rich, capsys):
