@@ -54,6 +54,10 @@ NETWORKS = (
     )),
 )  # fmt: skip
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+RECORD_STEPS = (
+    "suite-gpu", "standard", "nodes-graph", "nodes-float16", "nodes-autotune", "networks", "profile", "memory", "tune",
+    "standard-tuned", "suite",
+)  # fmt: skip
 PARTS = ("tiles", "one-launch", "order")
 KERNELS = ("statistics", "normalise", "reduce", "apply", "forward", "backward")
 EXPERIMENTS = ("degradation", "gradient_highway", "identity_initialisation", "shortcut_forms")
@@ -79,13 +83,14 @@ class Command(NamedTuple):
 def parser(description: str) -> Parser:
     """Of run.py; ``command`` of what it reads is a name of ``COMMANDS``, or None."""
     top = Parser(prog="run.py", description=description)
-    _measuring(top, {"results": None, "minutes": None, "small": False, "device": None, "threads": None})
+    none = {"results": None, "minutes": None, "small": False, "no_plots": False, "device": None, "threads": None}
+    _measuring(top, none)
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.what, description=command.what)
         if command.measures:
             # What stands before a command holds in it, too.
-            _measuring(sub, dict.fromkeys(("results", "minutes", "small", "device", "threads"), argparse.SUPPRESS))
+            _measuring(sub, dict.fromkeys(none, argparse.SUPPRESS))
         command.add_arguments(sub)
     return top
 
@@ -97,11 +102,15 @@ def _measuring(p: Parser, defaults: dict[str, Any]) -> None:
     )  # fmt: skip
     p.add_argument(
         "--minutes", type=positive_float, default=defaults["minutes"],
-        help="nothing new begins after them; default 7, on a CPU 2.3, or 60 of a command",
+        help="nothing new begins after them; default 7, without a command 4.5; on a CPU 60, or 2.3",
     )  # fmt: skip
     p.add_argument(
         "--small", action="store_true", default=defaults["small"],
         help="small shapes, on a CPU without torch.compile: shows that it works",
+    )  # fmt: skip
+    p.add_argument(
+        "--no-plots", action="store_true", default=defaults["no_plots"],
+        help="write the result file alone, without CSV files and plots beside it",
     )  # fmt: skip
     p.add_argument(
         "--device", choices=DEVICES, default=defaults["device"], help="default cuda where there is a CUDA GPU"
@@ -173,6 +182,19 @@ def _profile(p: Parser) -> None:
         "--step", action="append", choices=(*FUSED_WAYS, *WAYS), metavar="WAY",
         help=f"also a training step of ResNet-50 that is run so; repeatable: {'; '.join((*FUSED_WAYS, *WAYS))}",
     )  # fmt: skip
+
+
+def _record(p: Parser) -> None:
+    p.add_argument("--list", action="store_true", help="show the steps and how far they are, and run none")
+    p.add_argument(
+        "--step", action="append", choices=RECORD_STEPS, metavar="STEP",
+        help=f"only this one, also where it was done before; repeatable: {', '.join(RECORD_STEPS)}",
+    )  # fmt: skip
+    p.add_argument(
+        "--out", type=output_folder, default="results/record", metavar="FOLDER",
+        help="of results, log and summary; default %(default)s",
+    )  # fmt: skip
+    p.add_argument("--minutes", type=positive_float, help="no step begins that might not end within them; default none")
 
 
 def _tune(p: Parser) -> None:
@@ -267,6 +289,7 @@ COMMANDS = {
     "nodes": Command("measure.node_timing", _nodes, measures=True),
     "networks": Command("measure.network_timing", _networks, measures=True),
     "profile": Command("measure.kernel_profile", _profile, measures=True),
+    "record": Command("record.command", _record),
     "tune": Command("tuning.command", _tune),
     "report": Command("report.command", _report),
     "science": Command("science.command", _science),

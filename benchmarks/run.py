@@ -1,7 +1,7 @@
 """The one entry point of the benchmarks: ``python benchmarks/run.py [COMMAND]``; ``--help`` lists the commands.
 
 Without a command: the correctness gate, then the nodes of ResNet-50 and training steps against what one would otherwise
-use, tables and plots, on a CUDA GPU in some seven minutes and on a CPU in three. Commands that measure add to one
+use, tables and plots, on a CUDA GPU within six minutes and on a CPU in three. Commands that measure add to one
 result file.
 """
 
@@ -59,14 +59,18 @@ def _measure(module: ModuleType, args: argparse.Namespace) -> int:
     import resfused
 
     m = measuring.begin(args)
-    with resfused.use_backend(measuring.BACKENDS[m.device.type]):
+    with resfused.use_backend(measuring.BACKENDS[m.device.type]), m.survives("the rest of the run"):
         module.measure(args, m)
+    for results in load([m.run.path]).values():
+        with m.survives("the tables"):
+            report.show(results, m.console)
+        m.console.print(f"wrote {m.run.path}", soft_wrap=True)
+        if not args.no_plots:
+            with m.survives("CSV files and plots"):
+                for path in report.write(results):
+                    m.console.print(f"wrote {path}", soft_wrap=True)
     if m.run.left_out:
         m.console.print(measuring.left_out(m.run))
-    for results in load([m.run.path]).values():
-        report.show(results, m.console)
-        for path in (m.run.path, *report.write(results)):
-            m.console.print(f"wrote {path}", soft_wrap=True)
     return 1 if m.failed else 0
 
 

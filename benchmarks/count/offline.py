@@ -57,6 +57,13 @@ def target_of(architecture: str) -> GPUTarget:
     return GPUTarget("hip", architecture, 64)
 
 
+def architecture_of(device: torch.device) -> str | None:
+    """As above; None where it is no GPU of NVIDIA's."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
 @contextmanager
 def compiling_for(architecture: str) -> Iterator[list[Launch]]:
     """Within it, launches on CPU or meta tensors compile for ``architecture`` and run nothing; yields the launches."""

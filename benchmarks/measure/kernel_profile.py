@@ -154,12 +154,15 @@ def profile_nodes(c: Comparison, m: Measuring, counters: bool) -> None:
             if m.deadline.passed:
                 m.run.leave_out(f"kernels of {name}, {c}", m.deadline.over)
             else:
-                found.append(profile_node(c, node, batch, m.copy))
-                m.run.add(found[-1])
+                try:
+                    found.append(profile_node(c, node, batch, m.copy))
+                    m.run.add(found[-1])
+                except Exception as error:
+                    m.run.leave_out(f"resfused's kernels of {name}, {c}", first_line(error))
             progress.advance()
-    if counters and found:
+    if counters and any(found):
         try:
-            m.run.add(with_counters(found, m.deadline))
+            m.run.add(with_counters([times for times in found if times], m.deadline))
         except CountersError as error:
             m.run.leave_out(f"counters, {c}", str(error))
 

@@ -223,7 +223,10 @@ def time_networks(workloads: list[Workload], ways: Sequence[str], repetitions: i
                 else:
                     m.run.leave_out(f"{way}, {workload}", outcome)
             progress.detail(f"{workload}: timing")
-            m.run.add(_timed(workload, ready, repetitions, m.device))
+            try:
+                m.run.add(_timed(workload, ready, repetitions, m.device))
+            except Exception as error:
+                m.run.leave_out(f"{OURS} and every other way, {workload}", first_line(error))
             progress.advance()
             ready.clear()
             _free(m.device)

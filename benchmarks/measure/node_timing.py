@@ -113,7 +113,10 @@ def time_nodes(comparisons: Sequence[Comparison], m: Measuring) -> None:
                 if m.deadline.passed:
                     m.run.leave_out(f"{name}, {c}", m.deadline.over)
                 else:
-                    m.run.add(_time_node(c, node, batch, libraries, partial(_leave_out, m.run, c, name), m.copy))
+                    try:
+                        m.run.add(_time_node(c, node, batch, libraries, partial(_leave_out, m.run, c, name), m.copy))
+                    except Exception as error:
+                        m.run.leave_out(f"{OURS} and every other variant on {name}, {c}", first_line(error))
                 progress.advance()
 
 

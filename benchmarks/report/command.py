@@ -73,7 +73,12 @@ def write(results: Results, folder: Path | None = None) -> list[Path]:
     """CSV files and plots, named for the result file and beside it, or in ``folder``."""
     stem = folder / results.stem.name if folder else results.stem
     stem.parent.mkdir(parents=True, exist_ok=True)
-    return [*write_csv(results, stem), *write_plots(results, stem)]
+    written = write_csv(results, stem)
+    try:
+        return written + write_plots(results, stem)
+    except ModuleNotFoundError as error:
+        Console().print(f"no plots: {error.name} is not installed")
+        return written
 
 
 def _goal_table(results: Results) -> Rows:

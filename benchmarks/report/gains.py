@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib
 from measure import network_timing as networks
 from measure.variants import COMPILED, EAGER
 from record.results import NetworkTime, NodeTime, Results
 from workloads.passes import BOTH
 
+from report import pyplot as plt
 from report.goals import geometric_mean, of_resnet50, ratios
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 # Of Okabe and Ito, which colour-blind readers tell apart.
 COLOURS = {EAGER: "#E69F00", COMPILED: "#009E73", networks.OURS: "#0072B2", networks.OURS_COMPILED: "#56B4E9"}

@@ -7,17 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import matplotlib
 from measure import network_timing as networks
 from measure import variants as nodes
 from record.results import KernelTime, NetworkTime, NodeTime, OfANode, Results
 from workloads.passes import BOTH, PHASES
 
 from report import gains
+from report import pyplot as plt
 from report.goals import ratios
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 # Of Okabe and Ito, which colour-blind readers tell apart.
 T = TypeVar("T", bound=OfANode)

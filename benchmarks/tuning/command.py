@@ -20,6 +20,7 @@ import torch
 from console.arguments import UsageError, json_file, write_json
 from console.progress import Progress
 from console.rows import Rows
+from count.offline import architecture_of
 from record.environment import environment
 from resfused.kernels.gpu import launch_file, launch_table
 from rich.console import Console
@@ -102,7 +103,7 @@ class Session:
             self._console.print(f"[yellow]No CUDA GPU: {MEANINGLESS}.")
         with ExitStack() as stack:
             compiler = None
-            if architecture := _architecture(self._device):
+            if architecture := architecture_of(self._device):
                 l2_bytes = launch_table.l2_bytes(self._device)
                 compiler = stack.enter_context(ahead.compiler(architecture, l2_bytes))
             steps = sum(len(stage.steps) for stage in self._stages)
@@ -195,13 +196,6 @@ class Session:
         self._console.print(f"every measurement: {self._args.record}")
         if self._search.taken and not self._args.dry_run:
             self._console.print(f"the table: {self._target}")
-
-
-def _architecture(device: torch.device) -> str | None:
-    """As ``offline`` names it; None where nothing is compiled ahead."""
-    if device.type != "cuda" or torch.version.hip:
-        return None
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def _recorded(taken: Taken) -> dict[str, Any]:

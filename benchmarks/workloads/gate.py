@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -65,17 +66,20 @@ class Verdict:
     error: float
     eager_error: float
     limit: float
+    raised: str = ""
+    """What ours said where it gave no results."""
 
     @property
     def passed(self) -> bool:
         return self.error <= self.limit
 
     def __str__(self) -> str:
-        shape = "x".join(map(str, self.shape))
-        return (
-            f"{self.form}, {self.dtype} {self.layout}, {shape}, {self.mode}: {self.worst} is off by {self.error:.1e}, "
-            f"over {self.limit:.1e}"
-        )
+        found = self.raised or f"{self.worst} is off by {self.error:.1e}, over {self.limit:.1e}"
+        return f"{self.case}: {found}"
+
+    @property
+    def case(self) -> str:
+        return f"{self.form}, {self.dtype} {self.layout}, {'x'.join(map(str, self.shape))}, {self.mode}"
 
 
 class Judge:
@@ -125,7 +129,12 @@ def _verdict(case: Case, device: torch.device) -> Verdict:
     p = problem(case.form, case.shape, case.dtype, case.layout, device, case.mode != EVAL)
     one_launch = launch_table.using(ONE_LAUNCH_ELEMENTS=launch_table.EVERY_NODE)
     with one_launch if case.mode == ONE_LAUNCH else nullcontext():
-        return replace(judge(p, case.layout), mode=case.mode)
+        try:
+            return replace(judge(p, case.layout), mode=case.mode)
+        except Exception as error:
+            said = str(error).strip().partition("\n")[0] or type(error).__name__
+            least, dtype = LEAST[case.dtype], str(case.dtype).removeprefix("torch.")
+            return Verdict(case.form, case.layout, dtype, case.shape, case.mode, "", math.inf, 0.0, least, said)
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:

@@ -74,6 +74,7 @@ def names(table):
         (commands.FUSED_WAYS, "measure.network_timing", lambda m: tuple(w for w in m.WAYS if m.WAYS[w].fused)),
         (commands.WAYS, "measure.network_timing", lambda m: tuple(w for w in m.WAYS if not m.WAYS[w].fused)),
         (commands.NETWORKS, "workloads.zoo", lambda m: names([*m.NETWORKS, *m.SMALL])),
+        (commands.RECORD_STEPS, "record.command", lambda m: names(m.STEPS)),
         (commands.ARCHITECTURES, "count.audit", lambda m: names(m.ARCHITECTURES)),
         (commands.PARTS, "tuning.plan", lambda m: m.PARTS),
         (
