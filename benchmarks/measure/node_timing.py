@@ -279,7 +279,9 @@ def measure(args: argparse.Namespace, m: Measuring) -> None:
             m.run.leave_out("memory kept mapped", "the C library of this machine has no such choice")
             continue
         if not on_gpu:
-            m.run.note(f"page_faults_{memory.KEPT if kept else memory.DEFAULT}", memory.page_faults())
+            name, faults = memory.KEPT if kept else memory.DEFAULT, memory.page_faults()
+            m.run.note(f"page_faults_{name}", faults)
+            m.console.print(f"memory {name}: {faults} page faults for a tensor of {memory.WATCHED_BYTES >> 20} MiB")
         time_nodes([replace(c, kept_mapped=kept) for c in comparisons], m)
     if not (on_gpu or m.small or filters(args)):
         try:
