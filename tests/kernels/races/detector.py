@@ -9,7 +9,8 @@ PTX and C++, with the scope of the GPU):
   Atomics here are all read-modify-writes: even relaxed ones go on with a release that came before. A store ends it;
 * what a release publishes is what its program did before its last barrier, and what it has acquired: a scalar atomic is
   the work of one thread, and the stores of the program's other threads come before it only by ``tl.debug_barrier``.
-  After it there is a barrier where its result is used: Triton hands that to the other threads.
+  After it there is a barrier where its result is used: Triton hands that to the other threads. The atomic itself, and
+  the same thread's before it, are published too.
 
 Nothing else does: not that one program ended before another began, nor a relaxed atomic, nor one whose scope is a
 single program, which to all others is a load and a store. Launches follow each other.
@@ -116,15 +117,16 @@ class _Region(NamedTuple):
 class Detector:
     """Holds a launch's accesses against each other.
 
-    Every program has a clock, which its accesses advance. ``_known`` is by program what it knows of all clocks, and
-    ``_published`` what a release of its own would hand on; of each cell there is the time of every program's last
-    access of each kind.
+    Every program has a clock, which its accesses advance. ``_known`` is by program what it knows of all clocks,
+    ``_atomics`` the same of atomics alone, and ``_published`` what a release of its own would hand on; of each cell
+    there is the time of every program's last access of each kind.
     """
 
     def __init__(self, kernel: str, tensors: dict[str, Tensor], programs: int, fresh: Fresh, log: Log) -> None:
         self._kernel, self._tensors, self._log = kernel, tensors, log
         self._known = np.zeros((programs, programs), np.int32)
         self._published = np.zeros((programs, programs), np.int32)
+        self._atomics = np.zeros((programs, programs), np.int32)
         self._released: dict[int, np.ndarray] = {}
         self._history: list[list[Access | None]] = [[None] for _ in range(programs)]
         self._regions: list[_Region] = []
@@ -162,13 +164,17 @@ class Detector:
 
     def synchronise(self, program: int, addresses: np.ndarray, semantics: Any) -> None:
         """What the atomic that the program has just accessed these addresses with orders."""
+        self._atomics[program, program] = self._known[program, program]
         for address in addresses.tolist():
             if semantics in _ACQUIRES and address in self._released:
-                for clocks in (self._known, self._published):
-                    np.maximum(clocks[program], self._released[address], out=clocks[program])
+                published, atomics = self._released[address]
+                for clocks, others in (
+                    (self._known, published), (self._published, published), (self._atomics, atomics)
+                ):  # fmt: skip
+                    np.maximum(clocks[program], others, out=clocks[program])
             if semantics in _RELEASES:
-                before = self._released.get(address, 0)
-                self._released[address] = np.maximum(self._published[program], before)
+                own = np.stack((self._published[program], self._atomics[program]))
+                self._released[address] = np.maximum(own, self._released.get(address, 0))
 
     def _initialise(self, program: int, access: Access, region: _Region, addresses: np.ndarray) -> None:
         if region.written is None:
@@ -193,7 +199,10 @@ class Detector:
             there = self._history[program][self._times["store"][cells[i], program]]
             self._report("no barrier", program, addresses[i // parts], access, there, program)
         for kind in _CLASHES[access.kind]:
-            later = self._times[kind][cells] > self._known[program]
+            known = self._known[program]
+            later = self._times[kind][cells] > (
+                np.maximum(known, self._atomics[program]) if kind == "atomic" else known
+            )
             if later.any():
                 i, other = divmod(int(later.argmax()), later.shape[1])
                 there = self._history[other][self._times[kind][cells[i], other]]

@@ -91,6 +91,29 @@ def test_a_release_goes_through_atomics_and_ends_with_a_store(pick):
 
 
 @triton.jit
+def _arrive_kernel(counter, lasts, SEM: tl.constexpr, RESET: tl.constexpr):
+    """The last to arrive says so, and leaves the counter as it was found."""
+    if tl.atomic_add(counter, 1, sem=SEM) == tl.num_programs(0) - 1:
+        if RESET:
+            tl.store(counter, 0)
+        tl.atomic_add(lasts, 1, sem="relaxed")
+
+
+@pytest.mark.parametrize("pick", PICKS)
+def test_the_last_to_arrive_may_reset_the_counter_that_it_has_acquired(pick):
+    """And has to: in a second launch on the same counter nobody is the last else."""
+    for sem, reset, expected in (
+        ("acq_rel", True, set()), ("acq_rel", False, set()), ("relaxed", True, {"race"}), ("release", True, {"race"}),
+    ):  # fmt: skip
+        counter, lasts = integers(1), integers(1)
+        for _ in range(2):
+            with interleaved(Schedule(pick, 3, "shuffled")) as log:
+                _arrive_kernel[(5,)](counter, lasts, sem, reset)
+            assert log.kinds == expected
+        assert (counter.item(), lasts.item()) == ((0, 2) if reset else (10, 1))
+
+
+@triton.jit
 def _copy_kernel(source, target, n, STEP: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * STEP + tl.arange(0, BLOCK)
     tl.store(target + i, tl.load(source + i, mask=i < n), mask=i < n)
