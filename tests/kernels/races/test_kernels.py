@@ -15,12 +15,28 @@ import resfused.functional as fused
 
 pytestmark = pytest.mark.interpreter
 ONE_LAUNCH = {"_forward_kernel", "_backward_kernel"}
+STREAMING = {"_statistics_kernel", "_normalise_kernel", "_reduce_kernel", "_apply_kernel"}
 KERNELS = {
     name
     for module in [module for name, module in sys.modules.items() if name.startswith("resfused.kernels.gpu.")]
     for name, value in vars(module).items()
     if isinstance(value, InterpretedFunction) and name.endswith("_kernel")
 }
+
+
+@pytest.fixture
+def kept_zeros(monkeypatch):
+    """Zeros that a launch asks for are kept for the next, as on a GPU: it has to leave them zero."""
+    zeros, kept = torch.zeros, {}
+
+    def once(count, **options):
+        if count not in kept:
+            kept[count] = zeros(count, **options)
+        return kept[count]
+
+    monkeypatch.setattr(torch, "zeros", once)
+    yield
+    assert not any(each.any() for each in kept.values())
 
 
 def agree(function, *arguments, schedules=SCHEDULES):
@@ -38,32 +54,36 @@ def agree(function, *arguments, schedules=SCHEDULES):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_launch(form, layout, small_launches):
+def test_one_launch(form, layout, small_launches, kept_zeros):
     with launch_table.using(ONE_LAUNCH_ELEMENTS=launch_table.EVERY_NODE, l2_bytes=lambda device: 2**11):
         assert agree(run, fused, node(form, layout)) == ONE_LAUNCH
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_separate_launches(form, layout, small_launches):
+def test_separate_launches(form, layout, small_launches, kept_zeros):
     with launch_table.using(ONE_LAUNCH_ELEMENTS=launch_table.NO_NODE):
-        assert agree(run, fused, node(form, layout)) == KERNELS - ONE_LAUNCH
+        assert STREAMING <= agree(run, fused, node(form, layout)) <= KERNELS - ONE_LAUNCH
 
 
-@pytest.mark.parametrize("shape", [(17, 3, 3, 3), (8, 6, 2, 5)], ids=["by columns", "groups side by side"])
-def test_other_walks(shape, small_launches):
-    assert agree(run, fused, node(FORMS[2], shape), schedules=SCHEDULES[2:]) == KERNELS - ONE_LAUNCH
+def test_by_columns(small_launches, kept_zeros):
+    """The merges are launches of their own."""
+    assert agree(run, fused, node(FORMS[2], (17, 3, 3, 3)), schedules=SCHEDULES[2:]) == KERNELS - ONE_LAUNCH
+
+
+def test_groups_side_by_side(small_launches, kept_zeros):
+    assert agree(run, fused, node(FORMS[2], (8, 6, 2, 5)), schedules=SCHEDULES[2:]) >= STREAMING
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_frozen(layout, small_launches):
+def test_frozen(layout, small_launches, kept_zeros):
     """All gradients without waiting for a sum."""
     names = agree(run, fused, node(FORMS[2], layout, training=False), schedules=SCHEDULES[2:])
     assert {"_normalise_kernel", "_reduce_kernel"} <= names < KERNELS - ONE_LAUNCH
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_statistics_for_several_processes(layout, small_launches):
+def test_statistics_for_several_processes(layout, small_launches, kept_zeros):
     p = node(FORMS[2], layout)
 
     def statistics():
