@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backend import FLOATS
-
-
-class Norm(NamedTuple):
-    """One batch norm's tensors, of C elements or None, and numbers."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    momentum: float
-    eps: float
+from ..kernels.call import Norm
 
 
 def check_tensor(name: str, value: object) -> None:
