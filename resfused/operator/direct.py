@@ -13,6 +13,7 @@ from ..backend import require_kernels
 from ..kernels.call import Gradients, Kept, Norm
 
 _NOWHERE: AbstractContextManager[None] = nullcontext()
+_PLAIN = frozenset((Tensor, Parameter))
 _is_like_a_subclass = torch._C._dispatch_isTensorSubclassLike
 
 
@@ -30,15 +31,10 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return False
-    for t in tensors:
-        if t is None:
-            continue
-        kind = type(t)
-        if (kind is not Tensor and kind is not Parameter) or _is_like_a_subclass(t):
-            return False
-        if t.is_neg() or t._is_zerotensor():
-            return False
-    return True
+    given = [t for t in tensors if t is not None]
+    return _PLAIN.issuperset(map(type, given)) and not (
+        any(map(_is_like_a_subclass, given)) or any(map(Tensor.is_neg, given)) or any(map(Tensor._is_zerotensor, given))
+    )
 
 
 def forward(
