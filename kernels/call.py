@@ -84,10 +84,8 @@ def outputs(
 
 def parameter_gradients(norm: Norm, residual_norm: Norm | None, wanted: Gradients) -> list[Tensor | None]:
     """Room for the wanted gradients of the parameters."""
-    parameters = (norm.weight, norm.bias, None, None)
-    if residual_norm is not None:
-        parameters = (norm.weight, norm.bias, residual_norm.weight, residual_norm.bias)
+    second = (None, None) if residual_norm is None else residual_norm[:2]
     return [
         torch.empty_like(p, memory_format=torch.contiguous_format) if want and p is not None else None
-        for p, want in zip(parameters, wanted[2:], strict=True)
+        for p, want in zip((norm.weight, norm.bias, *second), wanted[2:], strict=True)
     ]
