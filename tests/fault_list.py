@@ -152,6 +152,18 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "one launch by columns": "return «g.plane == 1 and →»("},
     ("launch_table.py", "test_one_launch.py::test_slices_follow_the_cache"): {
         "two slices taken for one": "// («2 * →»g.values * reread)"},
+    ("direct.py", "test_direct.py::test_lazily_negated_tensors"): {
+        "lazily negated memory taken as it is": "or «any(map(Tensor.is_neg, given))→False»"},
+    ("direct.py", "test_direct.py::test_whoever_looks_on_is_shown_the_operators"): {
+        "modes for functions not asked": "or «torch._C._len_torch_function_stack()→False»",
+        "profiler not shown the operators": "or «torch._C._autograd._profiler_enabled()→False»"},
+    ("plans.py", "test_plans.py -k alignment"): {
+        "kernel kept for any alignment": "«low & 15→False» else None"},
+    ("plans.py", "test_plans.py -k changed"): {
+        "launch hooks not called": "found is None« or _is_observed(kernel)→»",
+        "vectors' dtypes not in a plan's key": "kinds.append(«t.dtype→1»)"},
+    ("plans.py", "test_plans.py -k given"): {
+        "compile-time arguments given first": "None, None, None, «*given, *rest→*rest, *given»)"},
     ("direct.py", "test_functional.py::test_vectors_need_not_be_contiguous"): {
         "strided statistics not written back": "«buffer.copy_(new→new.copy_(buffer»)"},
     ("direct.py", "test_functional.py::test_running_statistics_change_between_forward_and_backward_is_an_error"): {
