@@ -103,7 +103,17 @@ def load_kernels() -> Any:
     """The module of Triton kernels, imported at first need; None where Triton is not installed."""
     if not _HAS_TRITON:
         return None
+    if not torch.compiler.is_compiling():
+        return _loaded()
     # A statement, which torch.compile sees through.
+    from .kernels import gpu
+
+    return gpu
+
+
+@cache
+def _loaded() -> Any:
+    """A statement takes a microsecond though there is nothing left to import."""
     from .kernels import gpu
 
     return gpu
