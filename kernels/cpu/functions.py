@@ -106,7 +106,7 @@ def input_gradients(
 
 def _room(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """For so many values of every channel."""
-    return torch.empty((rows, x.shape[1]), dtype=dtype)
+    return x.new_empty((rows, x.shape[1]), dtype=dtype)
 
 
 def _activations(dy: Tensor, dy_fork: Tensor | None, kept: Kept) -> tuple[Geometry, Any]:
