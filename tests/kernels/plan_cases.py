@@ -71,6 +71,8 @@ def found(launches):
         "dtype": activation(dtype=torch.bfloat16),
         "alignment": activation(offset=1),
     }
+    with torch.no_grad():
+        step(variants["first"])
     for name, x in variants.items():
         # Both directions once: what is looked up in either is the same.
         with torch.set_grad_enabled(name == "first"):
