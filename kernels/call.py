@@ -22,6 +22,22 @@ class Norm(NamedTuple):
 NOTHING_BUT_STATISTICS = Norm(None, None, None, None, 0.0, None)
 
 
+class Kept(NamedTuple):
+    """What a forward leaves for its backward.
+
+    ``residual`` is needed only with ``residual_norm``, ``residual_dtype`` and ``mask`` only without one; no ``stats``
+    means frozen statistics, the running ones of the norms.
+    """
+
+    x: Tensor
+    residual: Tensor | None
+    residual_dtype: torch.dtype | None
+    mask: Tensor | None
+    stats: Tensor | None
+    norm: Norm
+    residual_norm: Norm | None
+
+
 class Gradients(NamedTuple):
     """Which gradients are wanted, or the gradients; of the inputs of the forward in its order."""
 
@@ -39,6 +55,13 @@ def accumulator(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def promoted(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    """The dtype of y."""
+    if residual is None or residual.dtype is x.dtype:
+        return x.dtype
+    return torch.promote_types(x.dtype, residual.dtype)
+
+
 def needs_mask(residual: Tensor | None, residual_norm: Norm | None) -> bool:
     """Only a residual that is not saved for the backward hides the sign from it; else x and s give it again."""
     return residual is not None and residual_norm is None
@@ -54,14 +77,14 @@ def outputs(
     x: Tensor, residual: Tensor | None, residual_norm: Norm | None, mask_numel: int, save_mask: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Room for y, and for the bytes of its mask where one is to be saved and needed."""
-    y = torch.empty_like(x, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+    y = torch.empty_like(x, dtype=promoted(x, residual))
     masked = save_mask and needs_mask(residual, residual_norm)
     return y, x.new_empty(mask_numel, dtype=torch.uint8) if masked else None
 
 
 def parameter_gradients(norm: Norm, residual_norm: Norm | None, wanted: Gradients) -> list[Tensor | None]:
     """Room for the wanted gradients of the parameters."""
-    second = (None, None) if residual_norm is None else (residual_norm.weight, residual_norm.bias)
+    second = (None, None) if residual_norm is None else residual_norm[:2]
     return [
         torch.empty_like(p, memory_format=torch.contiguous_format) if want and p is not None else None
         for p, want in zip((norm.weight, norm.bias, *second), wanted[2:], strict=True)

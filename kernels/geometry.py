@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,6 +104,24 @@ def in_layout_of(x: Tensor, like: Tensor) -> Tensor:
     """``x`` itself where it already lies as the dense ``like`` does, else a copy that does."""
     matches = _strides_channels_last(x) if is_channels_last(like) else x.is_contiguous()
     return x if matches else torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
+def in_one_layout(x: Tensor, *others: Tensor | None) -> tuple[Geometry, Any]:
+    """The plane geometry of ``x``, and all tensors: as they are where they lie densely in one layout, else copies."""
+    strides = [None if t is None else t.stride() for t in others]
+    g, ready = _lie(x.shape, x.stride(), *strides)
+    if ready:
+        return g, (x, *others)
+    x = dense(x)
+    return plane_geometry(x), (x, *(None if t is None else in_layout_of(t, x) for t in others))
+
+
+@lru_cache(maxsize=4096)
+def _lie(shape: torch.Size, *strides: tuple[int, ...] | None) -> tuple[Geometry, bool]:
+    """Found once: the plane geometry of the first of such tensors, and whether all lie densely in its layout."""
+    x, *others = (torch.empty_strided(shape, s, device="meta") for s in strides if s is not None)
+    ready = dense(x) is x and all(in_layout_of(t, x) is t for t in others)
+    return plane_geometry(x), ready
 
 
 def _strides_channels_last(x: Tensor) -> bool:

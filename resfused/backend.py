@@ -7,11 +7,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from .kernels import cpu
 
 Backend = Literal["auto", "triton", "native", "torch"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -19,6 +22,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _VARIABLE = "RESFUSED_BACKEND"
 _warned = False
 _HAS_TRITON = find_spec("triton") is not None
+_GPU = f"{__package__}.kernels.gpu"
 
 
 def _checked(name: object, source: str) -> Backend:
@@ -85,12 +89,12 @@ def require_kernels(x: Tensor) -> Any:
     name, obstacle = _kernels_for(x)
     if obstacle is not None:
         raise RuntimeError(f"the {name} kernels cannot run: input {obstacle}")
-    return load_kernels() if name == "triton" else _native_kernels()
+    return load_kernels() if name == "triton" else cpu
 
 
 def _kernels_for(x: Tensor) -> tuple[Literal["triton", "native"], str | None]:
     """Whose turn ``x`` is, and why those kernels cannot take it, as the end of a sentence about it, or None."""
-    if _chosen == "native" or (_chosen != "triton" and x.device.type == "cpu" and not _interpreted()):
+    if _chosen == "native" or (_chosen != "triton" and x.is_cpu and not _interpreted()):
         return "native", _native_obstacle(x)
     return "triton", _triton_obstacle(x)
 
@@ -99,29 +103,33 @@ def load_kernels() -> Any:
     """The module of Triton kernels, imported at first need; None where Triton is not installed."""
     if not _HAS_TRITON:
         return None
+    if not torch.compiler.is_compiling():
+        return _loaded()
     # A statement, which torch.compile sees through.
     from .kernels import gpu
 
     return gpu
 
 
-def _native_kernels() -> Any:
-    from .kernels import cpu
+@cache
+def _loaded() -> Any:
+    """A statement takes a microsecond though there is nothing left to import."""
+    from .kernels import gpu
 
-    return cpu
+    return gpu
 
 
 def _triton_obstacle(x: Tensor) -> str | None:
     if not _HAS_TRITON:
         return "needs the triton package, which is not installed"
-    if not x.is_cuda and not (x.device.type == "cpu" and load_kernels().INTERPRETED):
+    if not x.is_cuda and not (x.is_cpu and (_interpreted() or load_kernels().INTERPRETED)):
         return f"is on {x.device}, and needs a CUDA or ROCm device, or the CPU with TRITON_INTERPRET=1"
     return _unfit(x)
 
 
 def _native_obstacle(x: Tensor) -> str | None:
     """Compiles the kernels where nothing else is in their way."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"is on {x.device}, and needs the CPU"
     return _unfit(x) or _unbuilt(_chosen == "auto")
 
@@ -138,7 +146,7 @@ def _unfit(x: Tensor) -> str | None:
 def _unbuilt(warn: bool) -> str | None:
     """Compiles the kernels for CPUs, at the first call; what stands in the way."""
     global _warned
-    reason = _native_kernels().obstacle()
+    reason = cpu.obstacle()
     if reason is None:
         return None
     if warn and not _warned:
@@ -149,10 +157,16 @@ def _unbuilt(warn: bool) -> str | None:
 
 def _interpreted() -> bool:
     """Whether CPU tensors take Triton's interpreter. Triton is not imported to say that they do not."""
-    defined = sys.modules.get(f"{__package__}.kernels.gpu")
-    if defined is None and not os.environ.get("TRITON_INTERPRET"):
-        return False
-    return _HAS_TRITON and bool(load_kernels().INTERPRETED)
+    defined = sys.modules.get(_GPU)
+    if defined is None:
+        return _asks_for_interpreter() and _HAS_TRITON and bool(load_kernels().INTERPRETED)
+    return bool(defined.INTERPRETED)
+
+
+@cache
+def _asks_for_interpreter() -> bool:
+    """The environment of the first call: to look at every one takes a microsecond."""
+    return bool(os.environ.get("TRITON_INTERPRET"))
 
 
 # torch.compile asks once and takes the answers for constants, as torch.compiler.assume_constant_result would have it;

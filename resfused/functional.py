@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .operator.arguments import Norm, check_call, check_tensor
+from .kernels.call import Norm
+from .operator.arguments import check_call, check_tensor
 from .operator.dispatch import normalise_add_relu
 
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .kernels.call import Norm
 from .operator import synchronised
-from .operator.arguments import Norm, check_call, check_tensor
+from .operator.arguments import check_call, check_tensor
 from .operator.dispatch import normalise_add_relu
 
 

@@ -118,17 +118,15 @@ def compile_launches(form: str, phase: str, dtype: torch.dtype, layout: str, sha
         gpu.forward(x, residual, *norms, training=phase == FORWARD, save_mask=phase == FORWARD)
         return
     masked = has_residual and not norm_residual
-    gpu.backward(
-        activation(),
-        activation() if phase == FORKED else None,
+    kept = gpu.Kept(
         x,
         residual if norm_residual else None,
         dtype if masked else None,
         torch.empty(geometry(x).mask_numel, dtype=torch.uint8, device="meta") if masked else None,
         torch.empty((4 if norm_residual else 2, shape[1]), dtype=accumulator, device="meta"),
         *norms,
-        gpu.Gradients(*[True] * 6),
     )
+    gpu.backward(activation(), activation() if phase == FORKED else None, kept, gpu.Gradients(*[True] * 6))
 
 
 class Fills(TorchDispatchMode):

@@ -79,17 +79,9 @@ class Direction:
         x, *residual = self.problem.activations
         normed = self.problem.form == NORM_ADD_NORM_RELU
         wanted = gpu.Gradients(True, len(residual) > 0, True, True, normed, normed)
-        return gpu.backward(
-            self.problem.dy,
-            self.dy_fork,
-            x,
-            residual[0] if normed else None,
-            x.dtype if self.problem.form == NORM_ADD_RELU else None,
-            self.mask,
-            self.stats,
-            *self._norms(),
-            wanted,
-        )
+        dtype = x.dtype if self.problem.form == NORM_ADD_RELU else None
+        kept = gpu.Kept(x, residual[0] if normed else None, dtype, self.mask, self.stats, *self._norms())
+        return gpu.backward(self.problem.dy, self.dy_fork, kept, wanted)
 
     def _norms(self) -> list[Any]:
         p = self.problem

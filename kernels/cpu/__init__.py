@@ -1,6 +1,6 @@
 """The kernels for CPUs, in C++: the functions of ``kernels.gpu``, with the same arguments and results."""
 
-from ..call import Gradients, Norm, accumulator
+from ..call import Gradients, Kept, Norm, accumulator
 from ..geometry import dense, plane_geometry, unpack_plane_mask
 from .build import UnavailableError, built, load, obstacle
 from .functions import backward, forward, input_gradients, local_statistics, local_sums, normalise
@@ -10,6 +10,7 @@ unpack_mask = unpack_plane_mask
 
 __all__ = [
     "Gradients",
+    "Kept",
     "Norm",
     "UnavailableError",
     "accumulator",

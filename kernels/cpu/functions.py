@@ -10,8 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import NOTHING_BUT_STATISTICS, Gradients, Norm, accumulator, check_mask, outputs, parameter_gradients
-from ..geometry import Geometry, dense, in_layout_of, plane_geometry
+from ..call import (
+    NOTHING_BUT_STATISTICS,
+    Gradients,
+    Kept,
+    Norm,
+    accumulator,
+    check_mask,
+    outputs,
+    parameter_gradients,
+)
+from ..geometry import Geometry, in_layout_of, in_one_layout
 from . import build
 
 # The records of call.h, and the numbers of its enums.
@@ -27,17 +36,17 @@ def forward(
     x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, save_mask: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As ``kernels.gpu.forward``."""
-    x, residual, g, acc = _prepare(x, residual)
+    g, (x, residual) = in_one_layout(x, residual)
     y, mask = outputs(x, residual, residual_norm, g.mask_numel, save_mask)
-    stats = x.new_empty((2 if residual_norm is None else 4, g.channels), dtype=acc) if training else None
+    stats = _room(x, 2 if residual_norm is None else 4, accumulator(x, residual)) if training else None
     _call_forward(g, _FROM_BATCH if training else _RUNNING, x, residual, y, mask, stats, norm, residual_norm)
     return y, mask, stats
 
 
 def local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) -> Tensor:
     """As ``kernels.gpu.local_statistics``."""
-    x, residual, g, acc = _prepare(x, residual)
-    stats = x.new_empty((4 if norm_residual else 2, g.channels), dtype=acc)
+    g, (x, residual) = in_one_layout(x, residual)
+    stats = _room(x, 4 if norm_residual else 2, accumulator(x, residual))
     second = NOTHING_BUT_STATISTICS if norm_residual else None
     _call_forward(g, _MOMENTS, x, residual, x, None, stats, NOTHING_BUT_STATISTICS, second)
     return stats
@@ -47,94 +56,62 @@ def normalise(
     x: Tensor, residual: Tensor | None, stats: Tensor, norm: Norm, residual_norm: Norm | None
 ) -> tuple[Tensor, Tensor | None]:
     """As ``kernels.gpu.normalise``."""
-    x, residual, g, _ = _prepare(x, residual)
+    g, (x, residual) = in_one_layout(x, residual)
     y, mask = outputs(x, residual, residual_norm, g.mask_numel, save_mask=True)
     _call_forward(g, _GIVEN, x, residual, y, mask, stats.contiguous(), norm, residual_norm)
     return y, mask
 
 
-def backward(
-    dy: Tensor,
-    dy_fork: Tensor | None,
-    x: Tensor,
-    residual: Tensor | None,
-    residual_dtype: torch.dtype | None,
-    mask: Tensor | None,
-    stats: Tensor | None,
-    norm: Norm,
-    residual_norm: Norm | None,
-    wanted: Gradients,
-) -> Gradients:
+def backward(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients) -> Gradients:
     """As ``kernels.gpu.backward``."""
-    x = dense(x)
+    g, activations = _activations(dy, dy_fork, kept)
+    x, residual = activations[:2]
     dx = torch.empty_like(x) if wanted.x else None
     dz = dresidual = None
-    if wanted.residual and residual_norm is None:
-        dz = torch.empty_like(x, dtype=residual_dtype)
+    if wanted.residual and kept.residual_norm is None:
+        dz = torch.empty_like(x, dtype=kept.residual_dtype)
     elif wanted.residual and residual is not None:
-        dresidual = torch.empty_like(x, dtype=residual.dtype)
-    parameters = parameter_gradients(norm, residual_norm, wanted)
-    phases = _ALL if stats is not None else _LOCAL
-    _call_backward(
-        phases, dy, dy_fork, x, residual, dz, dx, dresidual, mask, stats, None, norm, residual_norm, parameters
-    )
+        dresidual = torch.empty_like(residual)
+    parameters = parameter_gradients(kept.norm, kept.residual_norm, wanted)
+    phases = _ALL if kept.stats is not None else _LOCAL
+    _call_backward(g, phases, activations, kept, (dz, dx, dresidual), None, parameters)
     return Gradients(dx, dresidual if dz is None else dz, *parameters)
 
 
-def local_sums(
-    dy: Tensor,
-    dy_fork: Tensor | None,
-    x: Tensor,
-    residual: Tensor | None,
-    residual_dtype: torch.dtype | None,
-    mask: Tensor | None,
-    stats: Tensor,
-    norm: Norm,
-    residual_norm: Norm | None,
-    wanted: Gradients,
-) -> tuple[Tensor, Gradients]:
+def local_sums(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients) -> tuple[Tensor, Gradients]:
     """As ``kernels.gpu.local_sums``."""
-    x = dense(x)
-    residual_alone = wanted.residual and residual_norm is None
-    dz = torch.empty_like(x, dtype=residual_dtype) if residual_alone else None
-    parameters = parameter_gradients(norm, residual_norm, wanted)
-    rows = 2 if residual_norm is None else 3
-    sums = x.new_empty((rows, x.shape[1]), dtype=accumulator(x, residual, dy))
-    _call_backward(_SUMS, dy, dy_fork, x, residual, dz, None, None, mask, stats, sums, norm, residual_norm, parameters)
+    g, activations = _activations(dy, dy_fork, kept)
+    x, residual = activations[:2]
+    residual_alone = wanted.residual and kept.residual_norm is None
+    dz = torch.empty_like(x, dtype=kept.residual_dtype) if residual_alone else None
+    parameters = parameter_gradients(kept.norm, kept.residual_norm, wanted)
+    sums = _room(x, 2 if kept.residual_norm is None else 3, accumulator(x, residual, dy))
+    _call_backward(g, _SUMS, activations, kept, (dz, None, None), sums, parameters)
     return sums, Gradients(None, dz, *parameters)
 
 
 def input_gradients(
-    dy: Tensor,
-    dy_fork: Tensor | None,
-    dz: Tensor | None,
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    stats: Tensor,
-    means: Tensor,
-    norm: Norm,
-    residual_norm: Norm | None,
-    wanted: tuple[bool, bool],
+    dy: Tensor, dy_fork: Tensor | None, dz: Tensor | None, kept: Kept, means: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """As ``kernels.gpu.input_gradients``."""
-    x = dense(x)
+    g, activations = _activations(dy, dy_fork, kept)
+    x, residual = activations[:2]
     dx = torch.empty_like(x) if wanted[0] else None
-    dresidual = torch.empty_like(x, dtype=residual.dtype) if wanted[1] and residual is not None else None
+    dresidual = torch.empty_like(residual) if wanted[1] and residual is not None else None
     # dz is dy already masked (and added up), unless it was rounded to a narrower dtype.
     dz = in_layout_of(dz, x) if dz is not None and dz.dtype is dy.dtype else None
-    nothing: list[Tensor | None] = [None] * 4
-    _call_backward(
-        _INPUTS, dy, dy_fork, x, residual, dz, dx, dresidual, mask, stats, means, norm, residual_norm, nothing
-    )
+    _call_backward(g, _INPUTS, activations, kept, (dz, dx, dresidual), means, [None] * 4)
     return dx, dresidual
 
 
-def _prepare(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None, Geometry, torch.dtype]:
-    """The activations in one layout, their geometry, the dtype of the arithmetic on them."""
-    x = dense(x)
-    residual = None if residual is None else in_layout_of(residual, x)
-    return x, residual, plane_geometry(x), accumulator(x, residual)
+def _room(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """For so many values of every channel."""
+    return x.new_empty((rows, x.shape[1]), dtype=dtype)
+
+
+def _activations(dy: Tensor, dy_fork: Tensor | None, kept: Kept) -> tuple[Geometry, Any]:
+    """(x, residual, dy, dy_fork) in one layout, and their geometry; the residual only where it is normed."""
+    return in_one_layout(kept.x, None if kept.residual_norm is None else kept.residual, dy, dy_fork)
 
 
 def _call_forward(
@@ -157,36 +134,29 @@ def _call_forward(
 
 
 def _call_backward(
+    g: Geometry,
     phases: int,
-    dy: Tensor,
-    dy_fork: Tensor | None,
-    x: Tensor,
-    residual: Tensor | None,
-    dz: Tensor | None,
-    dx: Tensor | None,
-    dresidual: Tensor | None,
-    mask: Tensor | None,
-    stats: Tensor | None,
+    activations: Any,
+    kept: Kept,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
     sums: Tensor | None,
-    norm: Norm,
-    residual_norm: Norm | None,
     parameters: list[Tensor | None],
 ) -> None:
-    """``x`` is dense, and so are the gradients to fill."""
-    dy = in_layout_of(dy, x)
-    dy_fork = None if dy_fork is None else in_layout_of(dy_fork, x)
-    residual = None if residual is None or residual_norm is None else in_layout_of(residual, x)
-    g = plane_geometry(x)
+    """``activations`` are (x, residual, dy, dy_fork), ``gradients`` (dz, dx, the normed residual's)."""
+    x, residual, dy, dy_fork = activations
+    dz, dx, dresidual = gradients
+    mask, stats, norm, residual_norm = kept.mask, kept.stats, kept.norm, kept.residual_norm
     check_mask(mask, g.mask_numel)
     acc = accumulator(x, residual, dy, dy_fork, dz)
     stats = None if stats is None else stats.to(acc).contiguous()
     sums = None if sums is None else sums.to(acc).contiguous()
     norms = 1 if residual_norm is None else 2
+    dweight, dbias, dresidual_weight, dresidual_bias = parameters
     record = _BACKWARD.pack(
         *_shape(g), *_machine(), norms, phases,
         *_tensor(dy), *_tensor(dy_fork), *_tensor(x), *_tensor(residual), *_tensor(dz), *_tensor(dx),
         *_tensor(dresidual), _address(mask), _address(stats), _address(sums), *_norm(norm), *_norm(residual_norm),
-        *(field for p in parameters for field in _tensor(p)),
+        *_tensor(dweight), *_tensor(dbias), *_tensor(dresidual_weight), *_tensor(dresidual_bias),
     )  # fmt: skip
     _run(_library().resfused_backward, record)
 

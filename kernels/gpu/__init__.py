@@ -2,7 +2,7 @@
 
 from triton import knobs
 
-from ..call import Gradients, Norm, accumulator
+from ..call import Gradients, Kept, Norm, accumulator
 from ..geometry import dense, geometry, unpack_mask
 from . import launch_table
 from .backward import backward, input_gradients, local_sums
@@ -14,6 +14,7 @@ INTERPRETED: bool = bool(knobs.runtime.interpret)
 __all__ = [
     "INTERPRETED",
     "Gradients",
+    "Kept",
     "Norm",
     "accumulator",
     "backward",

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import Backward, tile_options
+from .plans import Made
 from .reduce import Gradient, InputGradients, Saved, load_gradient, relu_gradient
 from .tile import (
     NormVectors,
@@ -115,8 +116,12 @@ def launch_apply(
     g = call.g
     # dz is dy already masked (and added up), unless it was rounded to a narrower dtype.
     is_dz = dz is not None and dz.dtype is call.gradients[0].dtype
-    launch, options = tile_options("apply", g, call.acc, call.x.device, call.rows - 1)
-    _apply_kernel[launch.grid](
-        *((dz, None) if is_dz else call.gradients), call.x, call.residual, call.mask, sums, dx, dresidual,
-        *call.vectors, values, g.groups, g.positions, g.columns, IS_DZ=is_dz, **options,
+
+    def made() -> Made:
+        launch, options = tile_options("apply", g, call.acc, call.x.device, call.rows - 1)
+        return Made(launch.grid, (values, g.groups, g.positions, g.columns), {"IS_DZ": is_dz} | options)
+
+    call.plan.launch(
+        _apply_kernel, made, *((dz, None) if is_dz else call.gradients), call.x, call.residual, call.mask, sums,
+        dx, dresidual, *call.vectors,
     )  # fmt: skip

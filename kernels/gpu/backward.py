@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Gradients, Norm, parameter_gradients
+from ..call import Gradients, Kept, parameter_gradients
 from ..geometry import in_layout_of
 from . import launch_table
 from .apply import Sums, apply, launch_apply
 from .launching import Backward, one_launch_options
 from .normalise import Spread
+from .plans import Made
 from .reduce import Gradient, InputGradients, ParameterGradients, Saved, launch_sums, merge_sums, reduce
 from .statistics import Merging
 from .tickets import is_last_to_arrive, open_second_phase, take_turn, wait_for_second_phase
@@ -56,85 +57,52 @@ def _backward_kernel(
                 open_second_phase(counters, channel_block, channel_blocks)
 
 
-def backward(
-    dy: Tensor,
-    dy_fork: Tensor | None,
-    x: Tensor,
-    residual: Tensor | None,
-    residual_dtype: torch.dtype | None,
-    mask: Tensor | None,
-    stats: Tensor | None,
-    norm: Norm,
-    residual_norm: Norm | None,
-    wanted: Gradients,
-) -> Gradients:
-    """The wanted gradients of ``forward``, None elsewhere, from what it was given and returned.
+def backward(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients) -> Gradients:
+    """The wanted gradients of ``forward``, None elsewhere, from what it has ``kept``.
 
-    ``dy_fork`` is a second gradient of the same output, added to ``dy`` on the way. ``residual`` is needed only with
-    ``residual_norm``, ``residual_dtype`` only without; no ``stats`` means frozen statistics. Launches: reduce, merge,
-    apply; the merge only for sums that something needs, the apply only where an input's gradient waits for them.
+    ``dy_fork`` is a second gradient of the same output, added to ``dy`` on the way. Launches: reduce, merge, apply; the
+    merge only for sums that something needs, the apply only where an input's gradient waits for them.
     """
-    call = Backward.of((dy, dy_fork), x, residual, mask, stats, (norm, residual_norm))
+    call = Backward.of("backward", dy, dy_fork, kept, *wanted)
     dx = torch.empty_like(call.x) if wanted.x else None
     dz = dresidual = None
-    if wanted.residual and residual_norm is None:
-        dz = torch.empty_like(call.x, dtype=residual_dtype)
+    if wanted.residual and kept.residual_norm is None:
+        dz = torch.empty_like(call.x, dtype=kept.residual_dtype)
     elif wanted.residual and call.residual is not None:
         dresidual = torch.empty_like(call.residual)
-    parameters = parameter_gradients(norm, residual_norm, wanted)
-    waiting = stats is not None and any(t is not None for t in (dx, dresidual))
+    parameters = parameter_gradients(kept.norm, kept.residual_norm, wanted)
+    waiting = kept.stats is not None and any(t is not None for t in (dx, dresidual))
     if waiting and launch_table.takes_one_launch("backward", call.g):
         _launch_backward(call, dz, dx, dresidual, parameters)
     else:
-        _launch_phases(call, dz, dx, dresidual, parameters, frozen=stats is None)
+        _launch_phases(call, dz, dx, dresidual, parameters, frozen=kept.stats is None)
     return Gradients(dx, dresidual if dz is None else dz, *parameters)
 
 
-def local_sums(
-    dy: Tensor,
-    dy_fork: Tensor | None,
-    x: Tensor,
-    residual: Tensor | None,
-    residual_dtype: torch.dtype | None,
-    mask: Tensor | None,
-    stats: Tensor,
-    norm: Norm,
-    residual_norm: Norm | None,
-    wanted: Gradients,
-) -> tuple[Tensor, Gradients]:
+def local_sums(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients) -> tuple[Tensor, Gradients]:
     """Every channel's sum of dz, dz·x̂ and, where the residual is normed, dz·ŝ: (2 or 3, C); gradients that are local.
 
     The first phase of ``backward``, with its arguments, for statistics over several processes. The gradients are the
     parameters' and that of a residual without a norm, where wanted. Two launches.
     """
-    call = Backward.of((dy, dy_fork), x, residual, mask, stats, (norm, residual_norm))
-    residual_alone = wanted.residual and residual_norm is None
-    dz = torch.empty_like(call.x, dtype=residual_dtype) if residual_alone else None
-    parameters = parameter_gradients(norm, residual_norm, wanted)
+    call = Backward.of("sums", dy, dy_fork, kept, *wanted)
+    residual_alone = wanted.residual and kept.residual_norm is None
+    dz = torch.empty_like(call.x, dtype=kept.residual_dtype) if residual_alone else None
+    parameters = parameter_gradients(kept.norm, kept.residual_norm, wanted)
     sums = call.x.new_empty((call.rows, call.g.channels), dtype=call.acc)
     launch_sums(call, (dz, None, None), parameters, sums, frozen=False)
     return sums, Gradients(None, dz, *parameters)
 
 
 def input_gradients(
-    dy: Tensor,
-    dy_fork: Tensor | None,
-    dz: Tensor | None,
-    x: Tensor,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    stats: Tensor,
-    means: Tensor,
-    norm: Norm,
-    residual_norm: Norm | None,
-    wanted: tuple[bool, bool],
+    dy: Tensor, dy_fork: Tensor | None, dz: Tensor | None, kept: Kept, means: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The last phase of ``backward``: the wanted of dx and, where the residual is normed, its gradient. One launch.
 
     ``means``: the sums of ``local_sums`` over all processes, divided by the values per channel of all; ``dz``: the
     residual's gradient, where ``local_sums`` made it.
     """
-    call = Backward.of((dy, dy_fork), x, residual, mask, stats, (norm, residual_norm))
+    call = Backward.of("inputs", dy, dy_fork, kept, None if dz is None else dz.dtype, means.dtype, *wanted)
     dx = torch.empty_like(call.x) if wanted[0] else None
     dresidual = torch.empty_like(call.residual) if wanted[1] and call.residual is not None else None
     launch_apply(call, None if dz is None else in_layout_of(dz, call.x), dx, dresidual, means, 1)
@@ -172,9 +140,13 @@ def _launch_backward(
         "backward", g, reread, launch_table.l2_bytes(x.device), launch_table.multiprocessors(x.device)
     )
     partials = x.new_empty((call.rows, launch.programs, g.channels), dtype=call.acc)
-    _backward_kernel[launch.grid](
-        *call.gradients, x, call.residual, call.mask, dz, dx, dresidual, partials,
+
+    def made() -> Made:
+        integers = g.values, g.groups, g.positions, g.channels, launch.programs, launch.slice_blocks
+        return Made(launch.grid, integers, {"ROWS": call.rows} | one_launch_options(launch, g, call.acc))
+
+    call.plan.launch(
+        _backward_kernel, made, *call.gradients, x, call.residual, call.mask, dz, dx, dresidual, partials,
         x.new_empty((call.rows, g.channels), dtype=call.acc), x.new_zeros(launch.counters, dtype=torch.int32),
-        *parameters, *call.vectors, g.values, g.groups, g.positions, g.channels, launch.programs, launch.slice_blocks,
-        ROWS=call.rows, **one_launch_options(launch, g, call.acc),
+        *parameters, *call.vectors,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from . import launch_table
 from .launching import Forward, one_launch_options, quad_options
 from .normalise import Spread, launch_normalise
 from .normalise import normalise as _normalise
+from .plans import Made
 from .statistics import (
     Merging,
     Running,
@@ -87,7 +88,8 @@ def forward(
     statistics (mean, rstd[, mean, rstd]), float32 or float64, after updating the running ones. One launch; three with
     ``training``, or one and the clearing of its counters where the launch table says so.
     """
-    call = Forward.of(x, residual, norm, residual_norm)
+    phase = "forward" if training else "frozen forward"
+    call = Forward.of(phase, x, residual, norm, residual_norm, save_mask)
     y, mask = outputs(call.x, call.residual, residual_norm, call.g.mask_numel, save_mask)
     if not training:
         launch_normalise(call, None, y, mask)
@@ -107,7 +109,7 @@ def local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) ->
     The first phase of ``forward``, for statistics over several processes, in the precision of its own. Two launches.
     """
     second = NOTHING_BUT_STATISTICS if norm_residual else None
-    call = Forward.of(x, residual, NOTHING_BUT_STATISTICS, second)
+    call = Forward.of("statistics", x, residual, NOTHING_BUT_STATISTICS, second)
     stats = _room_for_statistics(call)
     launch_statistics(call, stats)
     return stats
@@ -117,7 +119,7 @@ def normalise(
     x: Tensor, residual: Tensor | None, stats: Tensor, norm: Norm, residual_norm: Norm | None
 ) -> tuple[Tensor, Tensor | None]:
     """The last phase of ``forward``: y and its mask with given ``stats``, (mean, rstd[, mean, rstd]). One launch."""
-    call = Forward.of(x, residual, norm, residual_norm)
+    call = Forward.of("normalise", x, residual, norm, residual_norm, stats.dtype)
     y, mask = outputs(call.x, call.residual, residual_norm, call.g.mask_numel, save_mask=True)
     launch_normalise(call, stats, y, mask)
     return y, mask
@@ -138,12 +140,15 @@ def _launch_forward(call: Forward, stats: Tensor, y: Tensor, mask: Tensor | None
         "forward", g, reread, launch_table.l2_bytes(x.device), launch_table.multiprocessors(x.device)
     )
     partials = partial_statistics(call, launch)
-    _forward_kernel[launch.grid](
-        x, residual, y, mask, partials, stats, x.new_zeros(launch.counters, dtype=torch.int32),
+
+    def made() -> Made:
+        integers = g.values, g.groups, g.positions, g.channels, launch.programs, launch.slice_blocks
+        numbers = {"EPS": norm.eps, "RESIDUAL_EPS": second.eps, "NORMS": call.norms}
+        return Made(launch.grid, integers, numbers | quad_options(launch, g) | one_launch_options(launch, g, call.acc))
+
+    call.plan.launch(
+        _forward_kernel, made, x, residual, y, mask, partials, stats, x.new_zeros(launch.counters, dtype=torch.int32),
         norm.running_mean, norm.running_var, norm.weight, norm.bias,
         second.running_mean, second.running_var, second.weight, second.bias,
         *momentum_parts(norm), *momentum_parts(second),
-        g.values, g.groups, g.positions, g.channels, launch.programs, launch.slice_blocks,
-        EPS=norm.eps, RESIDUAL_EPS=second.eps, NORMS=call.norms,
-        **quad_options(launch, g), **one_launch_options(launch, g, call.acc),
     )  # fmt: skip

@@ -9,9 +9,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..call import Norm, accumulator, check_mask
-from ..geometry import Geometry, dense, geometry, in_layout_of
+from ..call import Kept, Norm, accumulator, check_mask
+from ..geometry import Geometry, dense, in_layout_of
 from . import launch_table
+from .plans import Plan, plan_for
 
 
 class Forward(NamedTuple):
@@ -23,12 +24,20 @@ class Forward(NamedTuple):
     residual_norm: Norm | None
     g: Geometry
     acc: torch.dtype
+    plan: Plan
 
     @classmethod
-    def of(cls, x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None) -> Forward:
-        x = dense(x)
-        residual = None if residual is None else in_layout_of(residual, x)
-        return cls(x, residual, norm, residual_norm, geometry(x), accumulator(x, residual))
+    def of(
+        cls, phase: str, x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, *rest: Any
+    ) -> Forward:
+        """``phase`` and ``rest`` tell what is launched for such arguments from all else that is."""
+        *vectors, _, eps = norm if residual_norm is None else (*norm[:4], *residual_norm)
+        found = plan_for(phase, (x, residual), vectors, norm.eps, eps, *rest)
+        if not found.ready:
+            x = dense(x)
+            residual = None if residual is None else in_layout_of(residual, x)
+            return cls.of(phase, x, residual, norm, residual_norm, *rest)
+        return cls(x, residual, norm, residual_norm, found.g, accumulator(x, residual), found)
 
     @property
     def second(self) -> Norm:
@@ -52,34 +61,32 @@ class Backward(NamedTuple):
     rows: int
     g: Geometry
     acc: torch.dtype
+    plan: Plan
 
     @classmethod
-    def of(
-        cls,
-        gradients: tuple[Tensor, Tensor | None],
-        x: Tensor,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        stats: Tensor | None,
-        norms: tuple[Norm, Norm | None],
-    ) -> Backward:
-        x = dense(x)
-        g = geometry(x)
-        check_mask(mask, g.mask_numel)
-        dy, dy_fork = gradients
-        dy = in_layout_of(dy, x)
-        residual = None if residual is None else in_layout_of(residual, x)
-        norm, residual_norm = norms
+    def of(cls, phase: str, dy: Tensor, dy_fork: Tensor | None, kept: Kept, *rest: Any) -> Backward:
+        """``phase`` and ``rest`` tell what is launched for such arguments from all else that is."""
+        x, residual, residual_dtype, mask, stats, norm, residual_norm = kept
+        *vectors, _, eps = norm if residual_norm is None else (*norm[:4], *residual_norm)
+        found = plan_for(
+            phase, (x, residual, dy, dy_fork), (mask, stats, *vectors), norm.eps, eps, residual_dtype, *rest
+        )  # fmt: skip
+        if not found.ready:
+            x = dense(x)
+            residual, dy_fork = (None if t is None else in_layout_of(t, x) for t in (residual, dy_fork))
+            return cls.of(phase, in_layout_of(dy, x), dy_fork, kept._replace(x=x, residual=residual), *rest)
+        check_mask(mask, found.g.mask_numel)
         return cls(
-            (dy, None if dy_fork is None else in_layout_of(dy_fork, x)),
+            (dy, dy_fork),
             x,
             residual,
             mask,
             norm_vectors(stats, norm, residual_norm),
             (norm.eps, norm.eps if residual_norm is None else residual_norm.eps),
             2 if residual_norm is None else 3,
-            g,
+            found.g,
             accumulator(x, residual, dy),
+            found,
         )
 
 
@@ -136,7 +143,7 @@ def norm_vectors(stats: Tensor | None, norm: Norm, residual_norm: Norm | None) -
     if stats is None:
         mean, rstd = norm.running_mean, norm.running_var
     else:
-        mean, rstd, *residual_stats = stats
+        mean, rstd, *residual_stats = stats.unbind()
     if residual_norm is None:
         return mean, rstd, norm.weight, norm.bias, None, None, norm.weight, norm.bias
     residual_mean, residual_rstd = (

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import Forward, norm_vectors, tile_options
+from .plans import Made
 from .tile import (
     NormVectors,
     Order,
@@ -92,9 +93,11 @@ def _normalise_kernel(
 def launch_normalise(call: Forward, stats: Tensor | None, y: Tensor, mask: Tensor | None) -> None:
     """Fills ``y`` and ``mask``, with the batch's statistics or, without them, the running ones."""
     g = call.g
-    launch, options = tile_options("normalise", g, call.acc, call.x.device, call.norms)
-    _normalise_kernel[launch.grid](
-        call.x, call.residual, y, mask, *norm_vectors(stats, call.norm, call.residual_norm),
-        g.groups, g.positions, g.columns,
-        EPS=call.norm.eps, RESIDUAL_EPS=call.second.eps, FROZEN=stats is None, **options,
-    )  # fmt: skip
+
+    def made() -> Made:
+        launch, options = tile_options("normalise", g, call.acc, call.x.device, call.norms)
+        numbers = {"EPS": call.norm.eps, "RESIDUAL_EPS": call.second.eps, "FROZEN": stats is None}
+        return Made(launch.grid, (g.groups, g.positions, g.columns), numbers | options)
+
+    vectors = norm_vectors(stats, call.norm, call.residual_norm)
+    call.plan.launch(_normalise_kernel, made, call.x, call.residual, y, mask, *vectors)

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import launch_table
 from .launching import Backward, tile_options
 from .normalise import Spread
+from .plans import Made
 from .statistics import Merging
 from .tile import (
     NormVectors,
@@ -212,15 +213,21 @@ def launch_sums(
     x, g = call.x, call.g
     launch, options = tile_options("reduce", g, call.acc, x.device, call.rows - 1)
     partials = None if sums is None else x.new_empty((call.rows, launch.programs, g.columns), dtype=call.acc)
-    _reduce_kernel[launch.grid](
-        *call.gradients, x, call.residual, call.mask, *local, partials, *call.vectors,
-        g.groups, g.positions, g.columns, EPS=call.eps[0], RESIDUAL_EPS=call.eps[1], FROZEN=frozen, **options,
+
+    def made() -> Made:
+        numbers = {"EPS": call.eps[0], "RESIDUAL_EPS": call.eps[1], "FROZEN": frozen}
+        return Made(launch.grid, (g.groups, g.positions, g.columns), numbers | options)
+
+    def merge_made() -> Made:
+        merge = launch_table.merge(launch.programs * g.plane, g.channels)
+        constants = {
+            "ROWS": call.rows, "PLANE": g.plane, "BLOCK_P": merge.block_programs, "BLOCK_C": merge.block_channels,
+            "ACC": options["ACC"], "num_warps": merge.warps,
+        }  # fmt: skip
+        return Made((merge.channel_blocks,), (g.channels, launch.programs), constants)
+
+    call.plan.launch(
+        _reduce_kernel, made, *call.gradients, x, call.residual, call.mask, *local, partials, *call.vectors
     )  # fmt: skip
-    if partials is None:
-        return
-    merge = launch_table.merge(launch.programs * g.plane, g.channels)
-    _merge_sums_kernel[(merge.channel_blocks,)](
-        partials, sums, *parameters, g.channels, launch.programs,
-        ROWS=call.rows, PLANE=g.plane, BLOCK_P=merge.block_programs, BLOCK_C=merge.block_channels, ACC=options["ACC"],
-        num_warps=merge.warps,
-    )  # fmt: skip
+    if partials is not None:
+        call.plan.launch(_merge_sums_kernel, merge_made, partials, sums, *parameters)

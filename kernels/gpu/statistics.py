@@ -12,6 +12,7 @@ from torch import Tensor
 from ..call import Norm
 from . import launch_table
 from .launching import Forward, tile_options
+from .plans import Made
 from .tile import (
     Tiling,
     aligned,
@@ -253,16 +254,25 @@ def launch_statistics(call: Forward, stats: Tensor) -> None:
     norm, second, g, acc = call.norm, call.second, call.g, call.acc
     launch, options = tile_options("statistics", g, acc, call.x.device, call.norms)
     partials = partial_statistics(call, launch)
-    _statistics_kernel[launch.grid](
-        call.x, None if call.residual_norm is None else call.residual, partials,
-        g.groups, g.positions, g.columns, **options,
-    )  # fmt: skip
-    merge = launch_table.merge(launch.programs * g.plane, g.channels)
-    _merge_statistics_kernel[(merge.channel_blocks * call.norms,)](
-        partials, stats, norm.running_mean, norm.running_var, second.running_mean, second.running_var,
-        *momentum_parts(norm), *momentum_parts(second), g.values, g.channels, launch.programs, launch.channel_blocks,
-        EPS=norm.eps, RESIDUAL_EPS=second.eps, NORMS=call.norms, PLANE=g.plane, BLOCK_P=merge.block_programs,
-        BLOCK_C=merge.block_channels, ACC=options["ACC"], num_warps=merge.warps,
+
+    def made() -> Made:
+        return Made(launch.grid, (g.groups, g.positions, g.columns), options)
+
+    def merge_made() -> Made:
+        merge = launch_table.merge(launch.programs * g.plane, g.channels)
+        constants = {
+            "EPS": norm.eps, "RESIDUAL_EPS": second.eps, "NORMS": call.norms, "PLANE": g.plane,
+            "BLOCK_P": merge.block_programs, "BLOCK_C": merge.block_channels, "ACC": options["ACC"],
+            "num_warps": merge.warps,
+        }  # fmt: skip
+        integers = g.values, g.channels, launch.programs, launch.channel_blocks
+        return Made((merge.channel_blocks * call.norms,), integers, constants)
+
+    residual = None if call.residual_norm is None else call.residual
+    call.plan.launch(_statistics_kernel, made, call.x, residual, partials)
+    call.plan.launch(
+        _merge_statistics_kernel, merge_made, partials, stats, norm.running_mean, norm.running_var,
+        second.running_mean, second.running_var, *momentum_parts(norm), *momentum_parts(second),
     )  # fmt: skip
 
 

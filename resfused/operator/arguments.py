@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backend import FLOATS
-
-
-class Norm(NamedTuple):
-    """One batch norm's tensors, of C elements or None, and numbers."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    momentum: float
-    eps: float
+from ..kernels.call import Norm
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -93,11 +82,26 @@ def _check_norm(input: Tensor, norm: Norm, training: bool, prefix: str = "") -> 
     dtype, device = input.dtype, input.device
     channels = input.shape[1] if input.dim() > 1 else 0
     dtypes = (dtype, torch.float32) if dtype in (torch.float16, torch.bfloat16) else (dtype,)
-    for name, tensor in (("running_mean", mean), ("running_var", var), ("weight", weight), ("bias", bias)):
+    for tensor in (mean, var, weight, bias):
+        if tensor is not None and (
+            not isinstance(tensor, Tensor)
+            or tensor.numel() != channels
+            or tensor.dtype not in dtypes
+            or tensor.device != device
+        ):
+            _refuse(norm, input, channels, dtypes, prefix)
+    for name, tensor in (("running_mean", mean), ("running_var", var)):
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(f"{prefix}{name} must not require a gradient: it is a statistic, and gets none")
+
+
+def _refuse(norm: Norm, input: Tensor, channels: int, dtypes: tuple[torch.dtype, ...], prefix: str) -> None:
+    """Raises for the first of a norm's vectors that is wrong."""
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        tensor = getattr(norm, name)
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            check_tensor(f"{prefix}{name}", tensor)
+        check_tensor(f"{prefix}{name}", tensor)
         if tensor.numel() != channels:
             raise RuntimeError(
                 f"{prefix}{name} must have {channels} elements, one per channel, but got shape {tuple(tensor.shape)}"
@@ -105,11 +109,10 @@ def _check_norm(input: Tensor, norm: Norm, training: bool, prefix: str = "") -> 
         if tensor.dtype not in dtypes:
             allowed = " or ".join(map(str, dtypes))
             raise RuntimeError(f"{prefix}{name} must have dtype {allowed} for this input, but got {tensor.dtype}")
-        if tensor.device != device:
-            raise RuntimeError(f"{prefix}{name} must be on the device of input, {device}, but got {tensor.device}")
-    for name, tensor in (("running_mean", mean), ("running_var", var)):
-        if tensor is not None and tensor.requires_grad:
-            raise RuntimeError(f"{prefix}{name} must not require a gradient: it is a statistic, and gets none")
+        if tensor.device != input.device:
+            raise RuntimeError(
+                f"{prefix}{name} must be on the device of input, {input.device}, but got {tensor.device}"
+            )
 
 
 def _check_numbers(norm: Norm, training: bool, prefix: str) -> None:

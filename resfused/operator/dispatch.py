@@ -8,10 +8,10 @@ from torch.autograd import forward_ad
 
 from .. import reference
 from ..backend import backend_for
-from . import ops
-from .arguments import Norm
+from ..kernels.call import Norm
+from . import direct, traced
 from .function import FusedResidualBlock
-from .packed import pack
+from .packed import arguments
 
 
 def normalise_add_relu(
@@ -25,12 +25,13 @@ def normalise_add_relu(
     if _is_transformed() or backend_for(input) == "torch":
         y = _plain(input, residual, norm, residual_norm, training)
         return y, y
-    norms = pack(norm, residual_norm)
-    differentiable = (input, residual, norms.weight, norms.bias, norms.residual_weight, norms.residual_bias)
+    weight, bias, residual_weight, residual_bias, running, numbers = arguments(norm, residual_norm)
+    differentiable = (input, residual, weight, bias, residual_weight, residual_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        y = FusedResidualBlock.apply(input, residual, *norms, training, forked)
+        y = FusedResidualBlock.apply(*differentiable, running, numbers, training, forked)
         return y if forked else (y, y)
-    y = (ops.forward_training if training else ops.forward_frozen)(input, residual, *norms, False)[0]
+    run = direct if direct.is_plain(*differentiable, *running) else traced
+    y = run.forward(input, residual, norm, residual_norm, training, False)[0]
     return y, y
 
 

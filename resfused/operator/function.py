@@ -9,28 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import require_kernels
-from . import ops
-from .arguments import Norm
-from .packed import (
-    Arguments,
-    Differentiable,
-    Norms,
-    gradients_of_arguments,
-    own_norm,
-    second_norm,
-    tensors,
-    wanted_of,
-    where_wanted,
-    with_tensors,
-    without_running_statistics,
-)
+from ..kernels.call import Gradients, Kept, Norm
+from . import direct, traced
+from .packed import NO_RUNNING, Numbers, norms_of, wanted_of
 
 
 class FusedResidualBlock(torch.autograd.Function):
     """The tail of a residual block, relu(batch_norm(input) + s), in one forward and one backward node.
 
-    ``apply(input, residual, weight, bias, running_mean, running_var, momentum, eps, norm_residual, residual_weight,
-    residual_bias, residual_running_mean, residual_running_var, residual_momentum, residual_eps, training, forked)``
+    ``apply(input, residual, weight, bias, residual_weight, residual_bias, running, numbers, training, forked)``;
+    ``running`` is (running_mean, running_var, residual_running_mean, residual_running_var), ``numbers`` is
+    (momentum, eps, norm_residual, residual_momentum, residual_eps).
 
     s is nothing where ``residual`` is None, the batch norm of ``residual`` with ``norm_residual``, else ``residual``.
     Shapes: ``input`` and ``residual`` (N, C, *spatial), not empty; the others (C,) or None. Statistics, normalisation
@@ -49,21 +38,16 @@ class FusedResidualBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, residual: Tensor | None, *rest: Any) -> Tensor | tuple[Tensor, Tensor]:
-        require_kernels(input)
-        *values, training, forked = rest
-        norms = Norms(*values)
-        ctx.numbers = with_tensors(norms, (None,) * 8)
+        *parameters, running, values, training, forked = rest
+        numbers = Numbers(*values)
+        run = direct if direct.is_plain(input, residual, *parameters, *running) else traced
+        norms = norms_of(parameters, running, numbers)
+        y, mask, stats = run.forward(input, residual, *norms, training, True)
+        ctx.numbers = numbers
         ctx.residual_dtype = None if residual is None else residual.dtype
-        if training:
-            y, mask, stats = ops.forward_training(input, residual, *norms, True)
-            vectors = tensors(without_running_statistics(norms))
-        else:
-            y, mask = ops.forward_frozen(input, residual, *norms, True)
-            stats = None
-            vectors = tensors(norms)
-        kept = residual if norms.norm_residual else None
-        ctx.has_mask = residual is not None and not norms.norm_residual
-        ctx.save_for_backward(input, kept, mask if ctx.has_mask else None, stats, *vectors)
+        kept = residual if numbers.norm_residual else None
+        # Running statistics change before the backward: it wants those that it depends on alone.
+        ctx.save_for_backward(input, kept, mask, stats, *parameters, *(NO_RUNNING if training else running))
         ctx.set_materialize_grads(False)
         return (y, y.detach()) if forked else y
 
@@ -72,24 +56,26 @@ class FusedResidualBlock(torch.autograd.Function):
         if dy is None:
             dy, dy_fork = dy_fork, None
         if dy is None:
-            return tuple(Arguments())
+            return (None,) * 10
         wanted = wanted_of(ctx.needs_input_grad)
+        saved = ctx.saved_tensors
+        input, residual, mask, stats, *vectors = saved
+        norms = norms_of(vectors[:4], vectors[4:], ctx.numbers)
+        kept = Kept(input, residual, ctx.residual_dtype, mask, stats, *norms)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradients = _differentiable_backward(ctx, dy if dy_fork is None else dy + dy_fork, wanted)
+            gradients = _differentiable_backward(dy if dy_fork is None else dy + dy_fork, kept, wanted)
         else:
-            input, residual, mask, stats, *vectors = ctx.saved_tensors
-            norms = with_tensors(ctx.numbers, vectors)
-            gradients = ops.backward(dy, dy_fork, input, residual, ctx.residual_dtype, mask, stats, *norms, wanted)
-        return gradients_of_arguments(Differentiable(*where_wanted(gradients, wanted)))
+            run = direct if direct.is_plain(dy, dy_fork, *saved) else traced
+            gradients = run.backward(dy, dy_fork, kept, wanted)
+        return *gradients, None, None, None, None
 
 
-def _differentiable_backward(ctx: Any, dy: Tensor, wanted: Differentiable) -> list[Tensor]:
+def _differentiable_backward(dy: Tensor, kept: Kept, wanted: Gradients) -> list[Tensor | None]:
     """The wanted gradients in differentiable PyTorch operators, for ``create_graph=True``.
 
     The ReLU passes dy where the forward let z through; what is left is the gradient of a batch norm.
     """
-    input, residual, mask, stats, *vectors = ctx.saved_tensors
-    norms = with_tensors(ctx.numbers, vectors)
+    input, residual, residual_dtype, mask, stats, norm, second = kept
     training = stats is not None
 
     def batch_norm(x: Tensor, norm: Norm) -> Tensor:
@@ -97,17 +83,19 @@ def _differentiable_backward(ctx: Any, dy: Tensor, wanted: Differentiable) -> li
             x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, norm.momentum, norm.eps
         )
 
-    z = batch_norm(input, own_norm(norms))
+    z = batch_norm(input, norm)
     outputs = [z]
-    second = second_norm(norms)
     if second is not None:
         outputs.append(batch_norm(residual, second))
         z = z + outputs[1]
     on = require_kernels(input).unpack_mask(mask, input) if mask is not None else ~(z.detach() <= 0)
     dz = torch.where(on, dy, 0)
     # A residual without a norm is none of these: its gradient is dz.
-    of = Differentiable(input, residual, norms.weight, norms.bias, norms.residual_weight, norms.residual_bias)
+    of = Gradients(input, residual, norm.weight, norm.bias, *((None, None) if second is None else second[:2]))
     leaves = [t for t, want in zip(of, wanted, strict=True) if want and t is not None]
     dzs = [dz.to(o.dtype) for o in outputs]
     found = iter(torch.autograd.grad(outputs, leaves, dzs, create_graph=True) if leaves else ())
-    return [dz.to(ctx.residual_dtype) if t is None else next(found) for t, want in zip(of, wanted, strict=True) if want]
+    return [
+        None if not want else dz.to(residual_dtype) if t is None else next(found)
+        for t, want in zip(of, wanted, strict=True)
+    ]

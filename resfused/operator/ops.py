@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ..backend import require_kernels
-from .packed import Affine, Differentiable, Norms, affine_of, own_norm, second_norm, tensors, with_tensors
+from ..kernels.call import Gradients, Kept, Norm, needs_mask, parameter_gradients, promoted
+from . import direct
+from .packed import Affine, unflatten
 
 _NORM = (
     "Tensor? {0}weight, Tensor? {0}bias, Tensor{1}? {0}running_mean, Tensor{2}? {0}running_var, "
@@ -37,33 +39,6 @@ _SCHEMAS = (
 )
 
 
-def _norms_of(kernels: Any, norms: Norms) -> tuple[Any, Any]:
-    """The kernels' (Norm, Norm or None), with dense vectors."""
-    dense = with_tensors(norms, [None if t is None else t.contiguous() for t in tensors(norms)])
-    second = second_norm(dense)
-    return kernels.Norm(*own_norm(dense)), None if second is None else kernels.Norm(*second)
-
-
-def _affine_norms(kernels: Any, affine: Affine) -> tuple[Any, Any]:
-    """The same for kernels that are given the statistics."""
-    return _norms_of(kernels, Norms()._replace(**affine._asdict()))
-
-
-def _write_back(norms: Norms, used: tuple[Any, Any]) -> None:
-    """Running statistics that were updated in a contiguous copy, and what autograd must know of the others."""
-    given = (
-        norms.running_mean, norms.running_var, norms.residual_running_mean, norms.residual_running_var
-    )  # fmt: skip
-    updated = [buffer for norm in used if norm is not None for buffer in (norm.running_mean, norm.running_var)]
-    for buffer, new in zip(given, updated, strict=False):
-        if buffer is None:
-            continue
-        if buffer is new:
-            torch.autograd.graph.increment_version(buffer)
-        else:
-            buffer.copy_(new)
-
-
 def _or_empty(mask: Tensor | None, x: Tensor) -> Tensor:
     """An operator returns a tensor whether there is a mask or not."""
     return x.new_empty(0, dtype=torch.uint8) if mask is None else mask
@@ -71,117 +46,44 @@ def _or_empty(mask: Tensor | None, x: Tensor) -> Tensor:
 
 def _forward_training(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *values, save_mask = rest
-    norms = Norms(*values)
-    if _share_statistics(norms):
-        return _forward_training_in_turn(x, residual, norms, save_mask)
-    kernels = require_kernels(x)
-    used = _norms_of(kernels, norms)
-    with torch.cuda.device_of(x):
-        y, mask, stats = kernels.forward(x, residual, *used, True, save_mask)
-    _write_back(norms, used)
-    return y, _or_empty(mask, x), stats
-
-
-def _share_statistics(norms: Norms) -> bool:
-    """Whether running statistics of the one norm and of the other may lie in the same memory."""
-    if not norms.norm_residual:
-        return False
-    own = _addresses(norms.running_mean, norms.running_var)
-    others = _addresses(norms.residual_running_mean, norms.residual_running_var)
-    return any(start < other_end and other < end for start, end in own for other, other_end in others)
-
-
-def _addresses(*vectors: Tensor | None) -> list[tuple[int, int]]:
-    """Of the first byte of each, and of the one after its last."""
-    return [(v.data_ptr(), v.data_ptr() + _extent(v)) for v in vectors if v is not None]
-
-
-def _extent(vector: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
-    if vector.is_contiguous():
-        return vector.nbytes
-    steps = sum((n - 1) * stride for n, stride in zip(vector.shape, vector.stride(), strict=True))
-    return (steps + 1) * vector.element_size()
-
-
-def _forward_training_in_turn(
-    x: Tensor, residual: Tensor | None, norms: Norms, save_mask: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of two norms that share running statistics, which one launch for both would update in a race.
-
-    It takes the batch's alone, with a momentum of one; the updates follow, one after the other as in eager.
-    """
-    batch: dict[str, Any] = {
-        name: torch.zeros_like(vector, dtype=torch.promote_types(vector.dtype, torch.float32))
-        for name, vector in norms._asdict().items()
-        if name.endswith(("running_mean", "running_var"))
-    }
-    alone = norms._replace(**batch, momentum=1.0, residual_momentum=1.0)
-    results = _forward_training(x, residual, *alone, save_mask)
-    for name, new in batch.items():
-        running = getattr(norms, name)
-        momentum = norms.residual_momentum if name.startswith("residual") else norms.momentum
-        running.copy_(running * (1 - momentum) + new * momentum)
-    return results
+    y, mask, stats = direct.forward(x, residual, *unflatten(values), True, save_mask)
+    return y, _or_empty(mask, x), cast(Tensor, stats)
 
 
 def _forward_frozen(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     *values, save_mask = rest
-    kernels = require_kernels(x)
-    with torch.cuda.device_of(x):
-        y, mask, _ = kernels.forward(x, residual, *_norms_of(kernels, Norms(*values)), False, save_mask)
+    y, mask, _ = direct.forward(x, residual, *unflatten(values), False, save_mask)
     return y, _or_empty(mask, x)
 
 
-def _backward(
-    dy: Tensor,
-    dy_fork: Tensor | None,
-    x: Tensor,
-    residual: Tensor | None,
-    residual_dtype: torch.dtype | None,
-    mask: Tensor | None,
-    stats: Tensor | None,
-    *rest: Any,
-) -> list[Tensor]:
-    *values, wanted = rest
-    kernels = require_kernels(x)
-    norms = _norms_of(kernels, Norms(*values))
-    with torch.cuda.device_of(x):
-        gradients = kernels.backward(
-            dy, dy_fork, x, residual, residual_dtype, mask, stats, *norms, kernels.Gradients(*wanted)
-        )
-    return [g for g in gradients if g is not None]
+def _backward(dy: Tensor, dy_fork: Tensor | None, *rest: Any) -> list[Tensor]:
+    *saved, wanted = rest
+    kept = Kept(*saved[:5], *unflatten(saved[5:]))
+    return [g for g in direct.backward(dy, dy_fork, kept, Gradients(*wanted)) if g is not None]
 
 
 def _local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) -> Tensor:
-    with torch.cuda.device_of(x):
+    with direct.on_device_of(x):
         return require_kernels(x).local_statistics(x, residual, norm_residual)
 
 
 def _normalise(x: Tensor, residual: Tensor | None, stats: Tensor, *affine: Any) -> tuple[Tensor, Tensor]:
-    kernels = require_kernels(x)
-    with torch.cuda.device_of(x):
-        y, mask = kernels.normalise(x, residual, stats, *_affine_norms(kernels, Affine(*affine)))
+    norms = map(direct.prepared, Affine(*affine).norms())
+    with direct.on_device_of(x):
+        y, mask = require_kernels(x).normalise(x, residual, stats, *norms)
     return y, _or_empty(mask, x)
 
 
-def _local_sums(
-    dy: Tensor,
-    dy_fork: Tensor | None,
-    x: Tensor,
-    residual: Tensor | None,
-    residual_dtype: torch.dtype | None,
-    mask: Tensor,
-    stats: Tensor,
-    *rest: Any,
-) -> list[Tensor]:
-    *affine, wanted = rest
-    kernels = require_kernels(x)
-    with torch.cuda.device_of(x):
-        sums, gradients = kernels.local_sums(
-            dy, dy_fork, x, residual, residual_dtype, mask if mask.numel() else None, stats,
-            *_affine_norms(kernels, Affine(*affine)), kernels.Gradients(False, *wanted),
-        )  # fmt: skip
+def _kept_with(affine: Any, x: Tensor, residual: Tensor | None, dtype: Any, mask: Tensor, stats: Tensor) -> Kept:
+    mask_or_none = mask if mask.numel() else None
+    return Kept(x, residual, dtype, mask_or_none, stats, *map(direct.prepared, Affine(*affine).norms()))
+
+
+def _local_sums(dy: Tensor, dy_fork: Tensor | None, *rest: Any) -> list[Tensor]:
+    *saved, wanted = rest
+    kept = _kept_with(saved[5:], *saved[:5])
+    with direct.on_device_of(dy):
+        sums, gradients = require_kernels(kept.x).local_sums(dy, dy_fork, kept, Gradients(False, *wanted))
     return [sums, *(g for g in gradients if g is not None)]
 
 
@@ -197,31 +99,27 @@ def _input_gradients(
     *rest: Any,
 ) -> list[Tensor]:
     *affine, wanted = rest
-    kernels = require_kernels(x)
-    with torch.cuda.device_of(x):
-        gradients = kernels.input_gradients(
-            dy, dy_fork, dz, x, residual, mask if mask.numel() else None, stats, means,
-            *_affine_norms(kernels, Affine(*affine)), wanted,
-        )  # fmt: skip
+    kept = _kept_with(affine, x, residual, None, mask, stats)
+    with direct.on_device_of(x):
+        gradients = require_kernels(x).input_gradients(dy, dy_fork, dz, kept, means, wanted)
     return [g for g in gradients if g is not None]
 
 
 def _fake_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     *values, save_mask = rest
-    return _fake_outputs(x, residual, save_mask and residual is not None and not Norms(*values).norm_residual)
+    return _fake_outputs(x, residual, save_mask and needs_mask(residual, unflatten(values)[1]))
 
 
 def _fake_outputs(x: Tensor, residual: Tensor | None, masked: bool) -> tuple[Tensor, Tensor]:
     kernels = require_kernels(x)
     dense = kernels.dense(x)
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     mask = x.new_empty(kernels.geometry(dense).mask_numel if masked else 0, dtype=torch.uint8)
-    return torch.empty_like(dense, dtype=dtype), mask
+    return torch.empty_like(dense, dtype=promoted(x, residual)), mask
 
 
 def _fake_forward_training(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     y, mask = _fake_forward(x, residual, *rest)
-    rows = 4 if Norms(*rest[:-1]).norm_residual else 2
+    rows = 2 if unflatten(rest[:-1])[1] is None else 4
     stats = x.new_empty((rows, x.shape[1]), dtype=require_kernels(x).accumulator(x, residual))
     return y, mask, stats
 
@@ -237,21 +135,15 @@ def _fake_backward(
     *rest: Any,
 ) -> list[Tensor]:
     *values, wanted = rest
-    want = Differentiable(*wanted)
     dense = require_kernels(x).dense(x)
     dtype = residual_dtype if residual is None else residual.dtype
-    dx = [torch.empty_like(dense)] if want.input else []
-    dresidual = [torch.empty_like(dense, dtype=dtype)] if want.residual else []
-    return [*dx, *dresidual, *_fake_parameter_gradients(affine_of(Norms(*values)), wanted[2:])]
+    dx = [torch.empty_like(dense)] if wanted[0] else []
+    dresidual = [torch.empty_like(dense, dtype=dtype)] if wanted[1] else []
+    return [*dx, *dresidual, *_fake_parameter_gradients(unflatten(values), wanted)]
 
 
-def _fake_parameter_gradients(affine: Affine, wanted: Sequence[bool]) -> list[Tensor]:
-    parameters = affine.weight, affine.bias, affine.residual_weight, affine.residual_bias
-    return [
-        torch.empty_like(p, memory_format=torch.contiguous_format)
-        for p, want in zip(parameters, wanted, strict=True)
-        if want and p is not None
-    ]
+def _fake_parameter_gradients(norms: tuple[Norm, Norm | None], wanted: Sequence[bool]) -> list[Tensor]:
+    return [p for p in parameter_gradients(*norms, Gradients(*wanted)) if p is not None]
 
 
 def _fake_local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) -> Tensor:
@@ -279,7 +171,7 @@ def _fake_local_sums(
     rows = 3 if affine.norm_residual else 2
     sums = x.new_empty((rows, x.shape[1]), dtype=kernels.accumulator(x, residual, dy))
     dz = [torch.empty_like(kernels.dense(x), dtype=residual_dtype)] if wanted[0] and not affine.norm_residual else []
-    return [sums, *dz, *_fake_parameter_gradients(affine, wanted[1:])]
+    return [sums, *dz, *_fake_parameter_gradients(affine.norms(), (False, *wanted))]
 
 
 def _fake_input_gradients(

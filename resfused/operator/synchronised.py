@@ -9,20 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backend import backend_for
+from ..kernels.call import Norm
 from . import ops, phases
-from .arguments import Norm
-from .packed import (
-    Affine,
-    Differentiable,
-    Norms,
-    affine_of,
-    gradients_of_arguments,
-    own_norm,
-    pack,
-    second_norm,
-    wanted_of,
-    where_wanted,
-)
+from .packed import Affine, Numbers, arguments, norms_of, wanted_of, where_wanted
 
 # The newer name of the same collective; the older one is deprecated where there are both.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -40,14 +29,14 @@ def normalise_add_relu(
 
     Every process of the group makes the same calls in the same order; any of them may have an empty batch.
     """
-    y = SynchronisedResidualBlock.apply(input, residual, *pack(norm, residual_norm), forked, process_group)
+    y = SynchronisedResidualBlock.apply(input, residual, *arguments(norm, residual_norm), forked, process_group)
     return y if forked else (y, y)
 
 
 class SynchronisedResidualBlock(torch.autograd.Function):
     """``FusedResidualBlock`` in training, with statistics over the batches of a process group.
 
-    ``apply`` takes the arguments of that one up to ``residual_eps``, then ``forked`` and ``process_group``.
+    ``apply`` takes the arguments of that one up to ``numbers``, then ``forked`` and ``process_group``.
 
     One collective in the forward, which gathers every process's count, means and M2 of both norms, and one in the
     backward, which adds up their sums, where ``input`` or a normed ``residual`` needs a gradient. The gradients of the
@@ -62,18 +51,18 @@ class SynchronisedResidualBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, residual: Tensor | None, *rest: Any) -> Tensor | tuple[Tensor, Tensor]:
-        *values, forked, process_group = rest
-        norms = Norms(*values)
-        affine = affine_of(norms)
+        weight, bias, *residual_affine, running, values, forked, process_group = rest
+        numbers = Numbers(*values)
+        affine = Affine(weight, bias, numbers.norm_residual, *residual_affine)
         ctx.backend = backend_for(input)
         phase = _phases(ctx.backend)
         count = input.numel() // input.shape[1]
-        local = phase.local_statistics(input, residual, norms.norm_residual)
+        local = phase.local_statistics(input, residual, numbers.norm_residual)
         total, means, m2s = _merge(*_gather(local, count, process_group))
         # Who computes nothing can wait for the device.
         if count == 0 and not torch.compiler.is_compiling() and total.item() == 0:
             raise ValueError("Expected more than 1 value per channel when training, got none in any process")
-        every = [norm for norm in (own_norm(norms), second_norm(norms)) if norm is not None]
+        every = [norm for norm in norms_of((weight, bias, *residual_affine), running, numbers) if norm is not None]
         stats = torch.stack(
             [row for i, n in enumerate(every) for row in (means[i], torch.rsqrt(m2s[i] / total + n.eps))]
         )
@@ -82,12 +71,11 @@ class SynchronisedResidualBlock(torch.autograd.Function):
             _update(n.running_var, m2s[i] / (total - 1), n.momentum)
         y, mask = phase.normalise(input, residual, stats, *affine)
         ctx.process_group = process_group
-        ctx.norm_residual = norms.norm_residual
+        ctx.norm_residual = numbers.norm_residual
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.dtype = y.dtype
-        kept = residual if norms.norm_residual else None
-        parameters = (norms.weight, norms.bias, norms.residual_weight, norms.residual_bias)
-        ctx.save_for_backward(input, kept, mask, stats, total, *parameters)
+        kept = residual if numbers.norm_residual else None
+        ctx.save_for_backward(input, kept, mask, stats, total, weight, bias, *residual_affine)
         ctx.set_materialize_grads(False)
         return (y, y.detach()) if forked else y
 
@@ -110,7 +98,7 @@ class SynchronisedResidualBlock(torch.autograd.Function):
             dy, dy_fork, input, residual, ctx.residual_dtype, mask, stats, *affine, local
         )
         dz, *parameters = where_wanted(gradients, local)
-        waiting = [needs.input, needs.residual and ctx.norm_residual]
+        waiting = [needs.x, needs.residual and ctx.norm_residual]
         dx = dresidual = None
         if any(waiting):
             dist.all_reduce(sums, group=ctx.process_group)
@@ -118,7 +106,7 @@ class SynchronisedResidualBlock(torch.autograd.Function):
                 dy, dy_fork, dz, input, residual, mask, stats, sums / total, *affine, waiting
             )
             dx, dresidual = where_wanted(gradients, waiting)
-        return gradients_of_arguments(Differentiable(dx, dresidual if dz is None else dz, *parameters))
+        return dx, dresidual if dz is None else dz, *parameters, None, None, None, None
 
 
 def _phases(backend: str) -> Any:

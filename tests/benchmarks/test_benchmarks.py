@@ -110,7 +110,7 @@ def halved(request, monkeypatch):
     """A backward that loses half of dz, of the kernels that then run."""
     if request.param == "native" and torch.cuda.is_available():
         pytest.skip("about a CPU's kernels, and the device is a GPU")
-    kernels = backend.load_kernels() if request.param == "triton" else backend._native_kernels()
+    kernels = backend.load_kernels() if request.param == "triton" else backend.cpu
     backward = kernels.backward
 
     def wrong(*args):

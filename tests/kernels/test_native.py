@@ -69,7 +69,7 @@ def forked_gradients(p):
     wanted = cpu.Gradients(*(n in p.tensors for n in names))
     kept = residual if norms[1] else None
     dtype = None if residual is None else residual.dtype
-    found = cpu.backward(p.dy * 0.25, p.dy * 0.75, x, kept, dtype, mask, stats, *norms, wanted)
+    found = cpu.backward(p.dy * 0.25, p.dy * 0.75, cpu.Kept(x, kept, dtype, mask, stats, *norms), wanted)
     return {f"forked {n}": g for n, g in zip(names, found, strict=True) if g is not None}
 
 
@@ -98,7 +98,7 @@ def test_pairs_of_gradients_are_added(form, layout, shape):
     wanted = cpu.Gradients(*(n in p.tensors for n in names))
     kept = residual if norms[1] else None
     dtype = None if residual is None else residual.dtype
-    one = cpu.backward(p.dy * 4 / 3, None, x, kept, dtype, mask, stats, *norms, wanted)
+    one = cpu.backward(p.dy * 4 / 3, None, cpu.Kept(x, kept, dtype, mask, stats, *norms), wanted)
     assert_close(whole, {f"forked {n}": g for n, g in zip(names, one, strict=True) if g is not None}, 1e-12)
 
 
@@ -198,13 +198,14 @@ def test_phases_alone(form, layout, dtype):
         if mask is not None:
             assert not ((cpu.unpack_mask(mask, x) != on) & (exact_y > 1e-4)).any()
             assert not (cpu.unpack_mask(mask, x) & (y == 0)).any()
-        kept = residual if two else None
+        second = residual if two else None
         given = None if residual is None or two else residual.dtype
+        kept = cpu.Kept(x, second, given, mask, own, *norms)
         dy = p.dy.where(on & (exact_y.abs() > 1e-4), 0)
         for fork in (None, dy):
             wanted = [form == FORMS[1], True, True, two, two]
-            sums, gradients = cpu.local_sums(dy, fork, x, kept, given, mask, own, *norms, cpu.Gradients(False, *wanted))
-            arguments = (double(dy), double(fork), double(x), double(kept), given, on, stats)
+            sums, gradients = cpu.local_sums(dy, fork, kept, cpu.Gradients(False, *wanted))
+            arguments = (double(dy), double(fork), double(x), double(second), given, on, stats)
             exact_sums, *rest = phases.local_sums(*arguments, *wide, wanted)
             found = [g for g in gradients if g is not None]
             names = [str(i) for i in range(len(rest))]
@@ -212,9 +213,9 @@ def test_phases_alone(form, layout, dtype):
             assert_close(dict(zip(names, found, strict=True)), dict(zip(names, rest, strict=True)), tolerance)
             means = exact_sums / values
             for dz in (None, gradients.residual):
-                pair = cpu.input_gradients(dy, fork, dz, x, kept, mask, own, means.to(dtype), *norms, (True, two))
+                pair = cpu.input_gradients(dy, fork, dz, kept, means.to(dtype), (True, two))
                 exact_pair = phases.input_gradients(
-                    double(dy), double(fork), None, double(x), double(kept), on, stats, means, *wide, (True, two)
+                    double(dy), double(fork), None, double(x), double(second), on, stats, means, *wide, (True, two)
                 )
                 found = [g for g in pair if g is not None]
                 names = [str(i) for i in range(len(exact_pair))]

@@ -140,6 +140,6 @@ def test_inputs_are_not_changed(device):
 
 def test_the_function_refuses_what_the_kernels_cannot_take(device):
     x = torch.randn(2, 3, 4, device="meta")
-    vectors = (None, None, None, None, 0.1, 1e-5)
+    numbers = (0.1, 1e-5, False, 0.0, 0.0)
     with pytest.raises(RuntimeError, match="input is on meta"):
-        resfused.FusedResidualBlock.apply(x, None, *vectors, False, *vectors, True, False)
+        resfused.FusedResidualBlock.apply(x, *[None] * 5, [None] * 4, numbers, True, False)

@@ -1,0 +1,73 @@
+"""Launch plans: what is compiled is called again only where it fits, on Triton's launcher above a driver of stubs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.interpreter
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What plan_cases.py prints."""
+    if shutil.which("cc") is None:
+        pytest.skip("the driver of stubs needs a C compiler, and there is none")
+    folder = tmp_path_factory.mktemp("driver")
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RESFUSED_BACKEND")}
+    root = TESTS.parent.parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "benchmarks"), *sys.path])
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "plan_cases.py"), str(folder)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("change", ["first", "shape", "layout", "dtype", "alignment"])
+def test_what_is_new_is_looked_up_once(found, change):
+    (looked_up, launched), again = found[change]
+    assert looked_up == launched > 0
+    assert again == [0, launched]
+
+
+@pytest.mark.parametrize("change", ["vectors' dtype", "launch table", "hook"])
+def test_what_has_changed_is_looked_up_again(found, change):
+    looked_up, launched = found[change]
+    assert looked_up == launched > 0
+
+
+def test_another_momentum_is_no_other_kernel(found):
+    looked_up, launched = found["momentum"]
+    assert looked_up == 0 < launched
+
+
+def test_kernels_are_given_what_triton_gives_them(found):
+    first, *others = found["arguments"]
+    assert {"x", "weight", "mean", "var", "made"} <= {value for launch in first for value in launch}
+    assert others == [first, first]
+
+
+def test_the_dispatcher_has_a_say_where_it_is_watched(found):
+    """A forward and a backward are seen by a mode, and both steps run the kernels."""
+    assert found["traced"] == [2, 2]
+
+
+def test_plans_hold_no_tensors(found):
+    alive, made = found["freed"]
+    assert alive == 0 < made
+
+
+def test_plans_are_bounded(found):
+    assert 0 < found["bounded"] <= 2**13
+
+
+def test_threads(found):
+    """Each of eight threads makes its 20 steps' launches."""
+    assert found["threads"] == 8 * 20 * found["first"][0][1]
