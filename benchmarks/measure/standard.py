@@ -7,7 +7,9 @@ timed.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import product
 
 import torch
 from count.offline import PHASES
@@ -29,7 +31,7 @@ from resfused import backend_for
 FIRST_ON_A_CPU = tuple(zip(FORMS, (64, 512, 1024), (56, 28, 14), strict=True))
 WITHOUT_COMPILATION = (OURS, AGAIN, EAGER)
 AHEAD_SECONDS = 60.0
-NODE_REPETITIONS, STEP_REPETITIONS, STEP_BATCH = 5, 3, 8
+NODE_REPETITIONS, STEP_REPETITIONS, STEP_BATCH = 4, 3, 4
 
 
 def measure(args: Namespace, m: Measuring) -> None:
@@ -105,11 +107,19 @@ def _compile_ahead(m: Measuring, cases: list[Case]) -> None:
 
 
 def _on_a_cpu(m: Measuring) -> None:
-    """A node of each form in every dtype and layout, then training steps and an inference, then the other nodes for as
-    long as the minutes allow."""
+    """A node of each form in channels_last, training steps and an inference, the same nodes in other layouts, and the
+    other nodes for as long as the minutes allow."""
+    found = node_timing.scope(m)
     first = [n for n in _nodes(m) if m.small or (n.form, n.channels, n.height) in FIRST_ON_A_CPU]
     others = sorted((n for n in _nodes(m) if n not in first), key=lambda n: n.elements)
-    _time_on_a_cpu(first, m)
+    preferred, *further = found.layouts
+    _time_on_a_cpu(first, [preferred], m)
+    _time_steps_on_a_cpu(m)
+    _time_on_a_cpu(first, further, m)
+    _time_on_a_cpu(others, found.layouts, m)
+
+
+def _time_steps_on_a_cpu(m: Measuring) -> None:
     found = network_timing.scope(m)
     batch = found.batches[0] if m.small else STEP_BATCH
     workloads = [
@@ -117,19 +127,17 @@ def _on_a_cpu(m: Measuring) -> None:
     ]
     ways = (network_timing.OURS, network_timing.AGAIN, network_timing.EAGER)
     time_networks(workloads, ways, min(STEP_REPETITIONS, found.repetitions), m)
-    _time_on_a_cpu(others, m)
 
 
-def _time_on_a_cpu(nodes: list[Node], m: Measuring) -> None:
+def _time_on_a_cpu(nodes: Sequence[Node], layouts: Sequence[str], m: Measuring) -> None:
     found = node_timing.scope(m)
-    settings = [(dtype, layout) for dtype in found.dtypes for layout in found.layouts]
     time_nodes(
         [
             Comparison(
                 [node], found.batches, DTYPES[dtype], layout, m.device, NODE_REPETITIONS, variants=found.variants
             )
             for node in nodes
-            for dtype, layout in settings
+            for dtype, layout in product(found.dtypes, layouts)
         ],
         m,
     )
