@@ -174,7 +174,8 @@ def _loop(architecture: str, g: Geometry, launch: Launch, code: MachineCode, acc
         moved=step.moved,
         programs=programs,
         waves=waves,
-        last_wave=full(waves),
+        # A single wave is full where every multiprocessor has as many programs.
+        last_wave=full(waves if waves > 1 else grid / limits.multiprocessors),
         fills=grid >= tiles,
         in_flight=int(min(programs, grid / limits.multiprocessors) * threads * loop.first),
         round_trips=loop.round_trips,
