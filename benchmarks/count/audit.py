@@ -102,7 +102,8 @@ def rows_of(task: Task, forms: Iterable[str] = FORMS, phases: Iterable[str] = PH
     dtype = getattr(torch, task.dtype)
     for shape, form, phase in product(task.shapes, forms, phases):
         g = geometry(torch.empty(shape, device="meta", memory_format=LAYOUTS[task.layout]))
-        with compiling_for(task.architecture) as launches, Fills() as fills:
+        card = launch_table.using(MULTIPROCESSORS=ARCHITECTURES[task.architecture].multiprocessors)
+        with card, compiling_for(task.architecture) as launches, Fills() as fills:
             compile_launches(form, phase, dtype, task.layout, shape)
         found.fills[task.architecture, task.layout, form, phase, shape] += fills.launches
         for launch in launches:
@@ -174,7 +175,8 @@ def _loop(architecture: str, g: Geometry, launch: Launch, code: MachineCode, acc
         moved=step.moved,
         programs=programs,
         waves=waves,
-        last_wave=full(waves),
+        # A single wave is full where every multiprocessor has as many programs.
+        last_wave=full(waves if waves > 1 else grid / limits.multiprocessors),
         fills=grid >= tiles,
         in_flight=int(min(programs, grid / limits.multiprocessors) * threads * loop.first),
         round_trips=loop.round_trips,

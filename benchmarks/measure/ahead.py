@@ -24,7 +24,9 @@ def compile_launches(work: Sequence[Work], device: torch.device, seconds: float)
     architecture = offline.architecture_of(device)
     if architecture is None:
         return []
-    constants = {"L2_BYTES": launch_table.l2_bytes(device)}
+    constants = {
+        "L2_BYTES": launch_table.l2_bytes(device), "MULTIPROCESSORS": launch_table.multiprocessors(device)
+    }  # fmt: skip
     return compile_for(architecture, constants, work, seconds)
 
 
