@@ -1,8 +1,12 @@
 // Backward of relu(norm(x) + s), for the storage KIND: channel sums of the gradient, their merge, the inputs' gradients.
 
 #include <algorithm>
+#include <type_traits>
+#include <vector>
 
+#include "columns.h"
 #include "entry.h"
+#include "pages.h"
 #include "partition.h"
 #include "storage.h"
 #include "vectors.h"
@@ -23,18 +27,28 @@ class Backward {
   using Norms = NormPacks<A, Partition>;
   // Of dz, dz (x - mean), and dz (residual - mean).
   static constexpr int kSumRows = 1 + NORMS;
+  static constexpr bool kColumns = std::is_same_v<Partition, Columns>;
+
+  // What the loops read beside the activations, and how far rows of these and of their mask lie apart.
+  struct Beside {
+    const Rows<A>& norm;
+    const uint8_t* mask;
+    int64_t stride, mask_stride;
+  };
 
  public:
   Backward(const BackwardCall& call, const Partition& p)
       : call_(call),
         p_(p),
         norm_(NORMS * kRowsOfNorm, call.shape.channels),
-        partials_(reduces() ? kSumRows * p.parts() : 0, call.shape.channels),
+        partials_(reduces() && !kColumns ? kSumRows * p.parts() : 0, call.shape.channels),
         reads_dz_(call.dz && call.dz.dtype == call.dy.dtype &&
                   (call.phases == kInputs || (call.phases == kAll && call.dy_fork && !p.channel_by_channel()))),
         writes_early_(call.phases == kLocal || (call.dz && call.phases == kSums) ||
                       (reads_dz_ && call.phases == kAll)),
-        past_(bytes() > call.machine.shared_cache) {}
+        past_dz_(past(call.dz)),
+        past_dx_(past(call.dx)),
+        past_dresidual_(past(call.dresidual)) {}
 
   __attribute__((noinline)) void prepare(int64_t block) {
     each_channel(block, [&](int64_t c) {
@@ -51,16 +65,18 @@ class Backward {
     if constexpr (std::is_same_v<Partition, ChannelsLast>) {
       A* rows = reduces() ? partials_[part * kSumRows] : nullptr;
       if (reduces()) std::fill_n(rows, kSumRows * partials_.stride(), A(0));
+      const Beside beside{norm_, call_.mask, p_.stride(), p_.mask_stride()};
       if (writes_early_) {
-        p_.spans(part, block, [&](Span s) { sum_and_write(s, rows); });
+        p_.spans(part, block, [&](Span s) { sum_and_write(beside, s, rows, partials_.stride()); });
       } else {
-        p_.groups(part, [&](Span s, int64_t spans) { sum(s, spans, rows); });
+        p_.groups(part, [&](Span s, int64_t spans) { sum(beside, s, spans, rows, partials_.stride()); });
       }
     } else {
+      const Beside beside{norm_, call_.mask, 0, 0};
       Sums<A> sums[kChannels];
       for (int64_t c = 0; c < p_.channels_in(block); c++) sums[c] = {zeros<A>(), zeros<A>(), zeros<A>()};
       p_.spans(part, block, [&](Span s) {
-        writes_early_ ? sum_and_write(s, sums[s.c - first]) : sum(s, sums[s.c - first]);
+        writes_early_ ? sum_and_write(beside, s, sums[s.c - first]) : sum(beside, s, sums[s.c - first]);
       });
       for (int64_t c = 0; reduces() && c < p_.channels_in(block); c++) {
         A* rows = partials_[part * kSumRows] + first + c;
@@ -69,7 +85,7 @@ class Backward {
         if constexpr (NORMS == 2) rows[2 * partials_.stride()] = static_cast<A>(total(sums[c].dz_residual));
       }
     }
-    if (past_) fence();
+    fence();
   }
 
   __attribute__((noinline)) void merge(int64_t block) {
@@ -84,19 +100,68 @@ class Backward {
     }
     for (int64_t c = 0; c < n; c++) {
       double of_channel[kSumRows] = {sums[0][c]};
-      for (int i = 0; i < NORMS; i++) of_channel[1 + i] = sums[1 + i][c] * rstd(i, first + c);
-      found(first + c, of_channel);
+      for (int i = 0; i < NORMS; i++) of_channel[1 + i] = sums[1 + i][c];
+      total_found(first + c, of_channel);
     }
   }
 
   __attribute__((noinline)) void second(int64_t part, int64_t block) {
-    const bool waiting = call_.dx || call_.dresidual || (call_.dz && !reads_dz_);
-    if (!waiting || call_.phases == kSums || call_.phases == kLocal) return;
-    p_.spans(part, block, [&](Span s) { apply(s); });
-    if (past_) fence();
+    if (!applies()) return;
+    const Beside beside{norm_, call_.mask, 0, 0};
+    p_.spans(part, block, [&](Span s) { apply(beside, s); });
+    fence();
+  }
+
+  // All phases of a block of columns.
+  void whole(int64_t block) {
+    const int64_t columns = p_.channels_in(block) * p_.positions();
+    prepare(block);
+    Rows<A> norm(NORMS * kRowsOfNorm, columns), sums(reduces() ? kSumRows : 0, columns);
+    for (int row = 0; row < NORMS * kRowsOfNorm; row++) {
+      if (row % kRowsOfNorm <= kShift || call_.phases == kInputs) p_.expand(norm_[row], block, norm[row]);
+    }
+    std::vector<uint8_t> bits(joins_bits() ? p_.rows() * p_.mask_stride() : 0);
+    for (int64_t image = 0; joins_bits() && image < p_.rows(); image++) {
+      p_.join_bits(call_.mask, image, block, bits.data() + image * p_.mask_stride());
+    }
+    const Beside beside = joins_bits() ? Beside{norm, bits.data(), p_.stride(), p_.mask_stride()}
+                                       : Beside{norm, call_.mask, p_.stride(), p_.stride() / 8};
+    first_of_columns(beside, block, sums);
+    for (int row = 0; reduces() && row < NORMS * kRowsOfNorm; row++) {
+      if (row % kRowsOfNorm > kShift) p_.expand(norm_[row], block, norm[row]);
+    }
+    for (int64_t image = 0; applies() && image < p_.rows(); image++) apply(beside, row(image, block));
+    fence();
   }
 
  private:
+  bool joins_bits() const { return call_.mask != nullptr && !p_.whole_bytes(); }
+  Span row(int64_t image, int64_t block) const {
+    return joins_bits() ? p_.joined_row(image, block) : p_.row(image, block);
+  }
+  void first_of_columns(const Beside& beside, int64_t block, Rows<A>& sums) {
+    A* rows = reduces() ? sums[0] : nullptr;
+    if (reduces()) std::fill_n(rows, kSumRows * sums.stride(), A(0));
+    if (writes_early_) {
+      for (int64_t image = 0; image < p_.rows(); image++) sum_and_write(beside, row(image, block), rows, sums.stride());
+    } else if (reduces()) {
+      for (int64_t image = 0; image < p_.rows(); image += 8) {
+        sum(beside, row(image, block), std::min<int64_t>(8, p_.rows() - image), rows, sums.stride());
+      }
+    }
+    for (int64_t c = 0; reduces() && c < p_.channels_in(block); c++) {
+      double of_channel[kSumRows] = {};
+      for (int row = 0; row < kSumRows; row++) {
+        of_channel[row] = sum_of(sums[row] + c * p_.positions(), p_.positions());
+      }
+      total_found(block * p_.channels_each() + c, of_channel);
+    }
+  }
+  // Whether the second phase has anything to do.
+  bool applies() const {
+    const bool waiting = call_.dx || call_.dresidual || (call_.dz && !reads_dz_);
+    return waiting && call_.phases != kSums && call_.phases != kLocal;
+  }
   // Whether anything needs the sums.
   bool reduces() const {
     const bool parameters = call_.dweight || call_.dbias || call_.dresidual_weight || call_.dresidual_bias;
@@ -112,18 +177,25 @@ class Backward {
     if (call_.stats != nullptr) return stats_row(call_.stats, 2 * i + 1)[c];
     return rstd_of<A>(read<A>(norm(i).running_var, c), norm(i).eps);
   }
-  // All that the last phase moves.
-  int64_t bytes() const {
-    int64_t each = Elements(call_.dy).element_size() + Elements(call_.x).element_size();
-    for (const Tensor* t : {&call_.dy_fork, &call_.residual, &call_.dx, &call_.dz, &call_.dresidual}) {
-      if (*t) each += Elements(*t).element_size();
+  int64_t bytes(const Tensor& t) const { return t ? call_.shape.numel() * Elements(t).element_size() : 0; }
+  // Whether an output is stored past the caches: where they cannot hold all that the last phase moves.
+  bool past(const Tensor& output) const {
+    int64_t moved = 0;
+    for (const Tensor* t : {&call_.dy, &call_.dy_fork, &call_.x, &call_.residual, &call_.dz, &call_.dx, &call_.dresidual}) {
+      moved += bytes(*t);
     }
-    return call_.shape.numel() * each;
+    return !takes_pages(output.data, bytes(output)) && moved > call_.machine.shared_cache;
   }
 
   template <class Visit>
   void each_channel(int64_t block, Visit visit) const {
     for (int64_t c = 0; c < p_.channels_in(block); c++) visit(block * p_.channels_each() + c);
+  }
+
+  // A channel's sums of dz, and of dz times each input less its mean.
+  void total_found(int64_t c, double* sums) {
+    for (int i = 0; i < NORMS; i++) sums[1 + i] *= rstd(i, c);
+    found(c, sums);
   }
 
   // A channel's sums: of dz, and of dz times each normalised input.
@@ -153,13 +225,13 @@ class Backward {
     const uint8_t* mask;
     bool is_dz;
   };
-  Inputs inputs(Span s, bool is_dz) const {
+  Inputs inputs(const Beside& beside, Span s, bool is_dz) const {
     const Tensor none{nullptr, call_.dy.dtype};
     return {Elements(call_.x) + s.at,
             Elements(call_.residual) + s.at,
             Elements(is_dz ? call_.dz : call_.dy) + s.at,
             Elements(is_dz ? none : call_.dy_fork) + s.at,
-            is_dz || call_.mask == nullptr ? nullptr : call_.mask + s.bits,
+            is_dz || beside.mask == nullptr ? nullptr : beside.mask + s.bits,
             is_dz};
   }
 
@@ -193,7 +265,7 @@ class Backward {
     const Tensor none{nullptr, call_.dy.dtype};
     const Elements z = Elements(dz ? call_.dz : none) + s.at, x = Elements(inputs ? call_.dx : none) + s.at,
                    r = Elements(inputs ? call_.dresidual : none) + s.at;
-    return {z, x, r, past_ && z.aligned(), past_ && x.aligned(), past_ && r.aligned()};
+    return {z, x, r, past_dz_ && z.aligned(), past_dx_ && x.aligned(), past_dresidual_ && r.aligned()};
   }
 
   static INLINE void add(const Step& found, Sums<A>& sums) {
@@ -203,59 +275,57 @@ class Backward {
   }
 
   // The sums of a span within a channel.
-  void sum(Span s, Sums<A>& of_channel) const {
-    const Inputs in = inputs(s, false);
-    const Norms norms(norm_, s.c);
+  void sum(const Beside& beside, Span s, Sums<A>& of_channel) const {
+    const Inputs in = inputs(beside, s, false);
+    const Norms norms(beside.norm, s.c);
     Sums<A> sums = of_channel;
     walk<A>(s.n, [&](int64_t i, auto some) INLINED { add(step(in, 0, 0, i, some, norms), sums); });
     of_channel = sums;
   }
 
   // The sums of as many spans over channels, one below the other, into rows.
-  void sum(Span s, int64_t spans, A* rows) const {
-    const Inputs in = inputs(s, false);
-    const Norms norms(norm_, s.c);
-    const int64_t stride = p_.stride(), mask_stride = p_.mask_stride();
+  void sum(const Beside& beside, Span s, int64_t spans, A* rows, int64_t apart) const {
+    const Inputs in = inputs(beside, s, false);
+    const Norms norms(beside.norm, s.c);
+    const int64_t stride = beside.stride, mask_stride = beside.mask_stride;
     walk<A>(s.n, [&](int64_t i, auto some) INLINED {
-      Sums<A> sums = loaded(rows + i);
+      Sums<A> sums = loaded(rows + i, apart);
       for (int64_t r = 0; r < spans; r++) add(step(in, r * stride, r * mask_stride, i, some, norms), sums);
-      save(rows + i, sums);
+      save(rows + i, sums, apart);
     });
   }
 
-  INLINE Sums<A> loaded(const A* rows) const {
-    const int64_t stride = partials_.stride();
+  static INLINE Sums<A> loaded(const A* rows, int64_t stride) {
     return {load(rows), load(rows + stride), NORMS == 2 ? load(rows + 2 * stride) : zeros<A>()};
   }
-  INLINE void save(A* rows, const Sums<A>& sums) const {
-    const int64_t stride = partials_.stride();
+  static INLINE void save(A* rows, const Sums<A>& sums, int64_t stride) {
     store(rows, sums.dz);
     store(rows + stride, sums.dz_x);
     if constexpr (NORMS == 2) store(rows + 2 * stride, sums.dz_residual);
   }
 
   // The gradients that need no sums, and the sums within a channel.
-  void sum_and_write(Span s, Sums<A>& of_channel) const {
+  void sum_and_write(const Beside& beside, Span s, Sums<A>& of_channel) const {
     Sums<A> sums = of_channel;
-    write_early(s, [&](int64_t, const Step& found) INLINED { add(found, sums); });
+    write_early(beside, s, [&](int64_t, const Step& found) INLINED { add(found, sums); });
     of_channel = sums;
   }
 
   // The same over channels, with sums where there are rows for them.
-  void sum_and_write(Span s, A* rows) const {
-    write_early(s, [&](int64_t i, const Step& found) INLINED {
+  void sum_and_write(const Beside& beside, Span s, A* rows, int64_t apart) const {
+    write_early(beside, s, [&](int64_t i, const Step& found) INLINED {
       if (rows == nullptr) return;
-      Sums<A> sums = loaded(rows + i);
+      Sums<A> sums = loaded(rows + i, apart);
       add(found, sums);
-      save(rows + i, sums);
+      save(rows + i, sums, apart);
     });
   }
 
   template <class Add>
-  void write_early(Span s, Add add_up) const {
-    const Inputs in = inputs(s, false);
+  void write_early(const Beside& beside, Span s, Add add_up) const {
+    const Inputs in = inputs(beside, s, false);
     const Outputs out = outputs(s, true, call_.phases == kLocal);
-    const Norms norms(norm_, s.c);
+    const Norms norms(beside.norm, s.c);
     walk<A>(s.n, [&](int64_t i, auto some) INLINED {
       const Step found = step(in, 0, 0, i, some, norms);
       add_up(i, found);
@@ -268,10 +338,10 @@ class Backward {
   }
 
   // The gradients that waited for the sums.
-  void apply(Span s) const {
-    const Inputs in = inputs(s, reads_dz_);
+  void apply(const Beside& beside, Span s) const {
+    const Inputs in = inputs(beside, s, reads_dz_);
     const Outputs out = outputs(s, call_.phases == kAll && !reads_dz_, true);
-    const Norms norms(norm_, s.c);
+    const Norms norms(beside.norm, s.c);
     walk<A>(s.n, [&](int64_t i, auto some) INLINED {
       const Step found = step(in, 0, 0, i, some, norms);
       if (out.dz) out.dz.store(i, some, found.dz, out.past_dz);
@@ -294,7 +364,7 @@ class Backward {
   Rows<A> norm_, partials_;
   // Whether the last phase finds dz written: where that is less to read than two halves of dy.
   const bool reads_dz_;
-  const bool writes_early_, past_;
+  const bool writes_early_, past_dz_, past_dx_, past_dresidual_;
 };
 
 template <class Kind, class Partition>
@@ -302,7 +372,12 @@ void run_form(const BackwardCall& call) {
   const Partition p(call.shape, call.machine, typename Kind::Elements(call.x).element_size());
   const auto with = [&](auto norms) {
     Backward<Kind, Partition, decltype(norms)::value> node(call, p);
-    run(node, p, call.shape.numel() < kGrain ? 1 : call.machine.threads);
+    const int64_t threads = call.shape.numel() < kGrain ? 1 : call.machine.threads;
+    if constexpr (std::is_same_v<Partition, Columns>) {
+      run_blocks(node, p, threads);
+    } else {
+      run(node, p, threads);
+    }
   };
   call.norms == 1 ? with(std::integral_constant<int, 1>{}) : with(std::integral_constant<int, 2>{});
 }
@@ -311,7 +386,11 @@ void run_form(const BackwardCall& call) {
 
 template <>
 void backward<KIND>(const BackwardCall& call) {
-  call.shape.channels_last ? run_form<KIND, ChannelsLast>(call) : run_form<KIND, Contiguous>(call);
+  if (call.shape.channels_last) return run_form<KIND, ChannelsLast>(call);
+  if constexpr (KIND::kColumns) {
+    if (Columns::suits(call.shape, KIND::Elements(call.x).element_size())) return run_form<KIND, Columns>(call);
+  }
+  run_form<KIND, Contiguous>(call);
 }
 
 }  // namespace resfused

@@ -1,8 +1,12 @@
 // Forward of relu(norm(x) + s), for the storage KIND: statistics, their merge, normalise + add + ReLU.
 
 #include <algorithm>
+#include <type_traits>
+#include <vector>
 
+#include "columns.h"
 #include "entry.h"
+#include "pages.h"
 #include "partition.h"
 #include "statistics.h"
 #include "storage.h"
@@ -17,14 +21,15 @@ class Forward {
   using Elements = typename Kind::Elements;
   // Mean, M2 and the pivot of each norm.
   static constexpr int64_t kPartialRows = 3 * NORMS;
+  static constexpr bool kColumns = std::is_same_v<Partition, Columns>;
 
  public:
   Forward(const ForwardCall& call, const Partition& p)
       : call_(call),
         p_(p),
         norm_(NORMS * kRowsOfNorm, call.shape.channels),
-        partials_(takes_statistics() ? kPartialRows * p.parts() : 0, call.shape.channels),
-        past_(bytes() > call.machine.shared_cache) {}
+        partials_(takes_statistics() && !kColumns ? kPartialRows * p.parts() : 0, call.shape.channels),
+        past_(call.statistics != kMoments && !takes_pages(call.y.data, bytes(call.y)) && moved() > call.machine.shared_cache) {}
 
   __attribute__((noinline)) void prepare(int64_t block) {
     if (!takes_statistics()) each_norm(block, [&](int i, int64_t c) { given(i, c); });
@@ -55,19 +60,49 @@ class Forward {
       normalise(x + s.at, residual + s.at, y + s.at, call_.mask == nullptr ? nullptr : call_.mask + s.bits, s.n,
                 NormPacks<A, Partition>(norm_, s.c));
     });
-    if (past_) fence();
+    fence();
+  }
+
+  // All phases of a block of columns.
+  void whole(int64_t block) {
+    Rows<A> rows(NORMS * kRowsOfNorm, p_.channels_in(block) * p_.positions());
+    prepare(block);
+    for (int i = 0; takes_statistics() && i < NORMS; i++) columns_moments(block, i, rows);
+    if (call_.statistics == kMoments) return;
+    for (int row = 0; row < NORMS * kRowsOfNorm; row++) {
+      if (row % kRowsOfNorm <= kShift) p_.expand(norm_[row], block, rows[row]);
+    }
+    const Elements x(call_.x), residual(call_.residual), y(call_.y);
+    std::vector<uint8_t> bits(p_.mask_stride());
+    const bool parts_bits = call_.mask != nullptr && !p_.whole_bytes();
+    for (int64_t image = 0; image < p_.rows(); image++) {
+      const Span s = p_.row(image, block);
+      uint8_t* mask = parts_bits ? bits.data() : call_.mask == nullptr ? nullptr : call_.mask + s.bits;
+      normalise(x + s.at, residual + s.at, y + s.at, mask, s.n, NormPacks<A, Partition>(rows, 0));
+      if (parts_bits) p_.part_bits(mask, image, block, call_.mask);
+    }
+    fence();
   }
 
  private:
+  // The statistics of norm i, with its rows as room for those of the columns.
+  void columns_moments(int64_t block, int i, Rows<A>& rows) {
+    A *mean = rows[i * kRowsOfNorm], *m2 = rows[i * kRowsOfNorm + 1], *pivot = rows[i * kRowsOfNorm + 2];
+    const Span s = p_.row(0, block);
+    moments(Elements(i == 0 ? call_.x : call_.residual) + s.at, p_.stride(), s.n, p_.rows(), mean, m2, pivot);
+    for (int64_t c = 0; c < p_.channels_in(block); c++) {
+      double of_channel[2];
+      merge_columns(mean + c * p_.positions(), m2 + c * p_.positions(), p_.positions(), p_.rows(), of_channel, of_channel + 1);
+      found(i, block * p_.channels_each() + c, of_channel[0], of_channel[1]);
+    }
+  }
+
   bool takes_statistics() const { return call_.statistics == kFromBatch || call_.statistics == kMoments; }
   A* stats(int64_t row) const { return reinterpret_cast<A*>(call_.stats) + row * call_.shape.channels; }
   const Norm& norm(int i) const { return i == 0 ? call_.norm : call_.residual_norm; }
+  int64_t bytes(const Tensor& t) const { return t ? call_.shape.numel() * Elements(t).element_size() : 0; }
   // All that the second phase moves.
-  int64_t bytes() const {
-    int64_t each = Elements(call_.x).element_size() + Elements(call_.y).element_size();
-    if (call_.residual) each += Elements(call_.residual).element_size();
-    return call_.shape.numel() * each;
-  }
+  int64_t moved() const { return bytes(call_.x) + bytes(call_.residual) + bytes(call_.y); }
 
   template <class Visit>
   void each_norm(int64_t block, Visit visit) const {
@@ -132,7 +167,12 @@ void run_form(const ForwardCall& call) {
   const Partition p(call.shape, call.machine, typename Kind::Elements(call.x).element_size());
   const auto with = [&](auto norms) {
     Forward<Kind, Partition, decltype(norms)::value> node(call, p);
-    run(node, p, call.shape.numel() < kGrain ? 1 : call.machine.threads);
+    const int64_t threads = call.shape.numel() < kGrain ? 1 : call.machine.threads;
+    if constexpr (std::is_same_v<Partition, Columns>) {
+      run_blocks(node, p, threads);
+    } else {
+      run(node, p, threads);
+    }
   };
   call.norms == 1 ? with(std::integral_constant<int, 1>{}) : with(std::integral_constant<int, 2>{});
 }
@@ -141,7 +181,11 @@ void run_form(const ForwardCall& call) {
 
 template <>
 void forward<KIND>(const ForwardCall& call) {
-  call.shape.channels_last ? run_form<KIND, ChannelsLast>(call) : run_form<KIND, Contiguous>(call);
+  if (call.shape.channels_last) return run_form<KIND, ChannelsLast>(call);
+  if constexpr (KIND::kColumns) {
+    if (Columns::suits(call.shape, KIND::Elements(call.x).element_size())) return run_form<KIND, Columns>(call);
+  }
+  run_form<KIND, Contiguous>(call);
 }
 
 }  // namespace resfused

@@ -27,6 +27,9 @@ struct Span {
 // Rows of all channels; a part is some consecutive rows.
 class ChannelsLast {
  public:
+  // Whether the elements of a span are of one channel each, or all of the same.
+  static constexpr bool kOverChannels = true;
+
   explicit ChannelsLast(const Activation& a, const Machine&, int64_t)
       : channels_(a.channels), rows_(a.values()), mask_row_(divide_up(a.channels, 8)) {
     // Enough parts for many threads, of enough rows to be worth a merge, short enough for the sums' precision.
@@ -69,6 +72,8 @@ class ChannelsLast {
 // Planes of one channel of one image; a part is the planes of some images, or a piece of one.
 class Contiguous {
  public:
+  static constexpr bool kOverChannels = false;
+
   Contiguous(const Activation& a, const Machine& machine, int64_t element_bytes)
       : images_(a.images), channels_(a.channels), positions_(a.positions), mask_row_(divide_up(a.positions, 8)) {
     pieces_ = divide_up(positions_, kPart);
@@ -119,6 +124,14 @@ class Contiguous {
   int64_t images_, channels_, positions_, mask_row_, pieces_, piece_, images_each_, channels_each_;
   bool by_channel_;
 };
+
+// Runs a node whose blocks of channels are taken through all phases.
+template <class Node, class Partition>
+void run_blocks(Node& node, const Partition& p, int64_t threads) {
+  const int64_t blocks = p.channel_blocks();
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (threads > 1)
+  for (int64_t block = 0; block < blocks; block++) node.whole(block);
+}
 
 // Runs the phases of a node: prepare and merge by blocks of channels, first and second by parts of them.
 template <class Node, class Partition>

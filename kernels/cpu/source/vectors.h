@@ -3,8 +3,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <memory>
-#include <type_traits>
 
 #include "call.h"
 #include "partition.h"
@@ -56,7 +56,7 @@ class NormPacks {
   NormPacks(const Rows<A>& rows, int64_t c) : at_(rows[0] + c), stride_(rows.stride()) {}
   INLINE Pack<A> get(int norm, Row row, int64_t i) const {
     const A* at = at_ + (norm * kRowsOfNorm + row) * stride_;
-    if constexpr (std::is_same_v<Partition, ChannelsLast>) return load(at + i);
+    if constexpr (Partition::kOverChannels) return load(at + i);
     return all(*at);
   }
   // weight x̂ + bias.
@@ -68,6 +68,13 @@ class NormPacks {
   const A* at_;
   int64_t stride_;
 };
+
+template <class A>
+inline double sum_of(A* values, int64_t n) {
+  Pack<A> sum = zeros<A>();
+  walk<A>(n, [&](int64_t i, auto some) INLINED { sum = sum + Typed<A>(values).load(i, some); });
+  return total(sum);
+}
 
 // A norm's first rows at channel c, from its mean and 1 / std. The same operations in the forward and the backward:
 // the sign of z is the same in both.
@@ -84,25 +91,27 @@ inline A rstd_of(double variance, double eps) {
   return static_cast<A>(1 / std::sqrt(variance + eps));
 }
 
+// The bits of a pack's lanes at element i of a mask, whose bytes are those of whole eights.
 template <class A>
 INLINE uint32_t load_bits(const uint8_t* mask, int64_t i, Whole) {
-  if constexpr (Pack<A>::lanes == 8) return mask[i / 8];
-  return mask[i / 8] | static_cast<uint32_t>(mask[i / 8 + 1]) << 8;
+  uint32_t bits = 0;
+  std::memcpy(&bits, mask + i / 8, Pack<A>::lanes / 8);
+  return bits;
 }
 template <class A>
 INLINE uint32_t load_bits(const uint8_t* mask, int64_t i, First f) {
-  return f.n > 8 ? load_bits<A>(mask, i, Whole{}) : mask[i / 8];
+  uint32_t bits = 0;
+  for (int64_t j = 0; 8 * j < f.n; j++) bits |= static_cast<uint32_t>(mask[i / 8 + j]) << 8 * j;
+  return bits;
 }
 template <class A>
 INLINE void store_bits(uint8_t* mask, int64_t i, Whole, uint32_t bits) {
-  mask[i / 8] = static_cast<uint8_t>(bits);
-  if constexpr (Pack<A>::lanes > 8) mask[i / 8 + 1] = static_cast<uint8_t>(bits >> 8);
+  std::memcpy(mask + i / 8, &bits, Pack<A>::lanes / 8);
 }
 template <class A>
 INLINE void store_bits(uint8_t* mask, int64_t i, First f, uint32_t bits) {
   bits &= (1u << f.n) - 1;
-  mask[i / 8] = static_cast<uint8_t>(bits);
-  if (f.n > 8) mask[i / 8 + 1] = static_cast<uint8_t>(bits >> 8);
+  for (int64_t j = 0; 8 * j < f.n; j++) mask[i / 8 + j] = static_cast<uint8_t>(bits >> 8 * j);
 }
 
 }  // namespace resfused

@@ -1,4 +1,5 @@
-// A pack: 64 bytes of float or double that move together, in the registers of the instruction set compiled for.
+// A pack: elements of float or double, eight times a power of two, that move together, in the registers of the
+// instruction set compiled for.
 //
 // all, + - *, fma; load and store of a whole pack or its first n lanes, stream (a store past the caches, aligned).
 // Lanes are chosen by passes(z), z > 0 or NaN; keep(lanes, a) is a there and 0 elsewhere; bits and lanes_of turn
