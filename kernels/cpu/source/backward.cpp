@@ -40,7 +40,7 @@ class Backward {
   Backward(const BackwardCall& call, const Partition& p)
       : call_(call),
         p_(p),
-        norm_(NORMS * kRowsOfNorm, call.shape.channels),
+        norm_(NORMS * kRowsOfNorm, p.columns()),
         partials_(reduces() && !kColumns ? kSumRows * p.parts() : 0, call.shape.channels),
         reads_dz_(call.dz && call.dz.dtype == call.dy.dtype &&
                   (call.phases == kInputs || (call.phases == kAll && call.dy_fork && !p.channel_by_channel()))),
@@ -57,19 +57,25 @@ class Backward {
         if (call_.phases == kInputs) finish(i, c, stats_row(call_.sums, 0)[c], stats_row(call_.sums, 1 + i)[c]);
       }
     });
+    repeat(block);
   }
 
   __attribute__((noinline)) void first(int64_t part, int64_t block) {
     if (!reduces() && !writes_early_) return;
     const int64_t first = block * p_.channels_each();
     if constexpr (std::is_same_v<Partition, ChannelsLast>) {
-      A* rows = reduces() ? partials_[part * kSumRows] : nullptr;
-      if (reduces()) std::fill_n(rows, kSumRows * partials_.stride(), A(0));
-      const Beside beside{norm_, call_.mask, p_.stride(), p_.mask_stride()};
+      Rows<A> sums(reduces() ? kSumRows : 0, p_.columns());
+      A* rows = reduces() ? sums[0] : nullptr;
+      if (reduces()) std::fill_n(rows, kSumRows * sums.stride(), A(0));
+      const Beside beside{norm_, call_.mask, p_.columns(), p_.mask_stride()};
       if (writes_early_) {
-        p_.spans(part, block, [&](Span s) { sum_and_write(beside, s, rows, partials_.stride()); });
+        p_.spans(part, block, [&](Span s) { sum_and_write(beside, s, rows, sums.stride()); });
       } else {
-        p_.groups(part, [&](Span s, int64_t spans) { sum(beside, s, spans, rows, partials_.stride()); });
+        p_.groups(part, [&](Span s, int64_t spans) { sum(beside, s, spans, rows, sums.stride()); });
+      }
+      for (int row = 0; reduces() && row < kSumRows; row++) {
+        sums.fold(row, call_.shape.channels, p_.folded());
+        std::copy_n(sums[row], call_.shape.channels, partials_[part * kSumRows + row]);
       }
     } else {
       const Beside beside{norm_, call_.mask, 0, 0};
@@ -103,6 +109,7 @@ class Backward {
       for (int i = 0; i < NORMS; i++) of_channel[1 + i] = sums[1 + i][c];
       total_found(first + c, of_channel);
     }
+    repeat(block);
   }
 
   __attribute__((noinline)) void second(int64_t part, int64_t block) {
@@ -135,6 +142,9 @@ class Backward {
   }
 
  private:
+  void repeat(int64_t block) {
+    norm_.repeat(NORMS * kRowsOfNorm, block * p_.channels_each(), p_.channels_in(block), call_.shape.channels, p_.folded());
+  }
   bool joins_bits() const { return call_.mask != nullptr && !p_.whole_bytes(); }
   Span row(int64_t image, int64_t block) const {
     return joins_bits() ? p_.joined_row(image, block) : p_.row(image, block);
@@ -291,33 +301,35 @@ class Backward {
     walk<A>(s.n, [&](int64_t i, auto some) INLINED {
       Sums<A> sums = loaded(rows + i, apart);
       for (int64_t r = 0; r < spans; r++) add(step(in, r * stride, r * mask_stride, i, some, norms), sums);
-      save(rows + i, sums, apart);
+      save(rows + i, sums, apart, some);
     });
   }
 
   static INLINE Sums<A> loaded(const A* rows, int64_t stride) {
     return {load(rows), load(rows + stride), NORMS == 2 ? load(rows + 2 * stride) : zeros<A>()};
   }
-  static INLINE void save(A* rows, const Sums<A>& sums, int64_t stride) {
-    store(rows, sums.dz);
-    store(rows + stride, sums.dz_x);
-    if constexpr (NORMS == 2) store(rows + 2 * stride, sums.dz_residual);
+  template <class N>
+  static INLINE void save(A* rows, const Sums<A>& sums, int64_t stride, N some) {
+    const Typed<A> at(rows);
+    at.store(0, some, sums.dz, false);
+    at.store(stride, some, sums.dz_x, false);
+    if constexpr (NORMS == 2) at.store(2 * stride, some, sums.dz_residual, false);
   }
 
   // The gradients that need no sums, and the sums within a channel.
   void sum_and_write(const Beside& beside, Span s, Sums<A>& of_channel) const {
     Sums<A> sums = of_channel;
-    write_early(beside, s, [&](int64_t, const Step& found) INLINED { add(found, sums); });
+    write_early(beside, s, [&](int64_t, auto, const Step& found) INLINED { add(found, sums); });
     of_channel = sums;
   }
 
   // The same over channels, with sums where there are rows for them.
   void sum_and_write(const Beside& beside, Span s, A* rows, int64_t apart) const {
-    write_early(beside, s, [&](int64_t i, const Step& found) INLINED {
+    write_early(beside, s, [&](int64_t i, auto some, const Step& found) INLINED {
       if (rows == nullptr) return;
       Sums<A> sums = loaded(rows + i, apart);
       add(found, sums);
-      save(rows + i, sums, apart);
+      save(rows + i, sums, apart, some);
     });
   }
 
@@ -328,7 +340,7 @@ class Backward {
     const Norms norms(beside.norm, s.c);
     walk<A>(s.n, [&](int64_t i, auto some) INLINED {
       const Step found = step(in, 0, 0, i, some, norms);
-      add_up(i, found);
+      add_up(i, some, found);
       if (out.dz) out.dz.store(i, some, found.dz, out.past_dz);
       if (out.dx) out.dx.store(i, some, found.dz * norms.get(0, kScale, i), out.past_dx);
       if constexpr (NORMS == 2) {

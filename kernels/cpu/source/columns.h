@@ -42,6 +42,8 @@ class Columns {
   int64_t channels_each() const { return channels_each_; }
   int64_t channels_in(int64_t block) const { return std::min(channels_each_, channels_ - block * channels_each_); }
   bool channel_by_channel() const { return true; }
+  int64_t columns() const { return channels_; }
+  int64_t folded() const { return 1; }
   int64_t stride() const { return channels_ * positions_; }
   // Bytes of a row's mask, bit beside bit, with room for the word that is written last.
   int64_t mask_stride() const { return divide_up(channels_each_ * positions_, 8) + 8; }

@@ -19,28 +19,30 @@ template <class Kind, class Partition, int NORMS>
 class Forward {
   using A = typename Kind::A;
   using Elements = typename Kind::Elements;
-  // Mean, M2 and the pivot of each norm.
-  static constexpr int64_t kPartialRows = 3 * NORMS;
+  // Mean and M2 of each norm.
+  static constexpr int64_t kPartialRows = 2 * NORMS;
   static constexpr bool kColumns = std::is_same_v<Partition, Columns>;
 
  public:
   Forward(const ForwardCall& call, const Partition& p)
       : call_(call),
         p_(p),
-        norm_(NORMS * kRowsOfNorm, call.shape.channels),
+        norm_(NORMS * kRowsOfNorm, p.columns()),
         partials_(takes_statistics() && !kColumns ? kPartialRows * p.parts() : 0, call.shape.channels),
         past_(call.statistics != kMoments && !takes_pages(call.y.data, bytes(call.y)) && moved() > call.machine.shared_cache) {}
 
   __attribute__((noinline)) void prepare(int64_t block) {
-    if (!takes_statistics()) each_norm(block, [&](int i, int64_t c) { given(i, c); });
+    if (takes_statistics()) return;
+    each_norm(block, [&](int i, int64_t c) { given(i, c); });
+    repeat(block);
   }
 
   __attribute__((noinline)) void first(int64_t part, int64_t block) {
     if (!takes_statistics()) return;
     for (int i = 0; i < NORMS; i++) {
-      const int64_t row = part * kPartialRows + 3 * i;
-      moments(p_, part, block, Elements(i == 0 ? call_.x : call_.residual), partials_[row], partials_[row + 1],
-              partials_[row + 2]);
+      const int64_t row = part * kPartialRows + 2 * i;
+      moments(p_, part, block, Elements(i == 0 ? call_.x : call_.residual), partials_[row],
+              partials_[row + 1]);
     }
   }
 
@@ -48,9 +50,10 @@ class Forward {
     if (!takes_statistics()) return;
     double mean[kChannels], m2[kChannels];
     for (int i = 0; i < NORMS; i++) {
-      merge_moments(p_, block, partials_, 3 * i, kPartialRows, mean, m2);
+      merge_moments(p_, block, partials_, 2 * i, kPartialRows, mean, m2);
       for (int64_t c = 0; c < p_.channels_in(block); c++) found(i, block * p_.channels_each() + c, mean[c], m2[c]);
     }
+    repeat(block);
   }
 
   __attribute__((noinline)) void second(int64_t part, int64_t block) {
@@ -85,11 +88,15 @@ class Forward {
   }
 
  private:
+  void repeat(int64_t block) {
+    norm_.repeat(NORMS * kRowsOfNorm, block * p_.channels_each(), p_.channels_in(block), call_.shape.channels, p_.folded());
+  }
+
   // The statistics of norm i, with its rows as room for those of the columns.
   void columns_moments(int64_t block, int i, Rows<A>& rows) {
-    A *mean = rows[i * kRowsOfNorm], *m2 = rows[i * kRowsOfNorm + 1], *pivot = rows[i * kRowsOfNorm + 2];
+    A *mean = rows[i * kRowsOfNorm], *m2 = rows[i * kRowsOfNorm + 1];
     const Span s = p_.row(0, block);
-    moments(Elements(i == 0 ? call_.x : call_.residual) + s.at, p_.stride(), s.n, p_.rows(), mean, m2, pivot);
+    moments(Elements(i == 0 ? call_.x : call_.residual) + s.at, p_.stride(), s.n, p_.rows(), mean, m2);
     for (int64_t c = 0; c < p_.channels_in(block); c++) {
       double of_channel[2];
       merge_columns(mean + c * p_.positions(), m2 + c * p_.positions(), p_.positions(), p_.rows(), of_channel, of_channel + 1);

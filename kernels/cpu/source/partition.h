@@ -24,49 +24,61 @@ struct Span {
   int64_t at, n, bits, c;
 };
 
-// Rows of all channels; a part is some consecutive rows.
+// Rows of all channels; a part is some consecutive rows. Loops walk several rows as one long one, of 4 KB: eight such
+// streams are read as fast as memory yields them, where eight rows of 512 bytes took 1.6 times as long.
 class ChannelsLast {
  public:
   // Whether the elements of a span are of one channel each, or all of the same.
   static constexpr bool kOverChannels = true;
 
-  explicit ChannelsLast(const Activation& a, const Machine&, int64_t)
+  ChannelsLast(const Activation& a, const Machine&, int64_t element_bytes)
       : channels_(a.channels), rows_(a.values()), mask_row_(divide_up(a.channels, 8)) {
     // Enough parts for many threads, of enough rows to be worth a merge, short enough for the sums' precision.
     int64_t parts = 1;
-    while (parts < 256 && parts * 2 * 32 <= rows_) parts *= 2;
+    while (parts < 128 && parts * 2 * 64 <= rows_) parts *= 2;
     parts = std::max(parts, divide_up(rows_, 2048));
     each_ = round_up(divide_up(rows_, parts), 8);
+    // Rows of a mask begin with a byte.
+    const int64_t wanted = channels_ % 8 == 0 ? 4096 / (channels_ * element_bytes) : 1;
+    folded_ = std::max<int64_t>(1, std::min({wanted, each_ / 32, 2048 / channels_}));
+    each_ = round_up(each_, 8 * folded_);
   }
   int64_t parts() const { return divide_up(rows_, each_); }
   int64_t count(int64_t part) const { return std::min(each_, rows_ - part * each_); }
   int64_t channel_blocks() const { return divide_up(channels_, kChannels); }
   int64_t channels_each() const { return kChannels; }
   int64_t channels_in(int64_t block) const { return std::min(kChannels, channels_ - block * kChannels); }
-  int64_t rows_each() const { return each_; }
   // Blocks of channels of a phase that walks parts.
   int64_t phase_blocks() const { return 1; }
   bool channel_by_channel() const { return false; }
-  // Elements from a span to the next.
-  int64_t stride() const { return channels_; }
-  int64_t mask_stride() const { return mask_row_; }
+  int64_t channels() const { return channels_; }
+  int64_t first_row(int64_t part) const { return part * each_; }
+  // Rows in a long one, and its elements.
+  int64_t folded() const { return folded_; }
+  int64_t columns() const { return folded_ * channels_; }
+  int64_t mask_stride() const { return folded_ * mask_row_; }
 
   template <class Visit>
   void spans(int64_t part, int64_t, Visit visit) const {
-    const int64_t end = part * each_ + count(part);
-    for (int64_t m = part * each_; m < end; m++) visit(row(m));
+    walk(part * each_, part * each_ + count(part), visit);
   }
-  // The same by groups of rows, of which it is given the first and how many they are.
+  // The same by groups of long rows, of which it is given the first and how many they are.
   template <class Visit>
   void groups(int64_t part, Visit visit) const {
-    const int64_t end = part * each_ + count(part);
-    for (int64_t m = part * each_; m < end; m += kGroup) visit(row(m), std::min(kGroup, end - m));
+    const int64_t end = part * each_ + count(part), group = kGroup * folded_;
+    int64_t m = part * each_;
+    for (; m + group <= end; m += group) visit(row(m, folded_), kGroup);
+    walk(m, end, [&](Span s) { visit(s, 1); });
   }
 
  private:
   static constexpr int64_t kGroup = 8;
-  Span row(int64_t m) const { return {m * channels_, channels_, m * mask_row_, 0}; }
-  int64_t channels_, rows_, mask_row_, each_;
+  Span row(int64_t m, int64_t rows) const { return {m * channels_, rows * channels_, m * mask_row_, 0}; }
+  template <class Visit>
+  void walk(int64_t m, int64_t end, Visit visit) const {
+    for (; m < end; m += folded_) visit(row(m, std::min(folded_, end - m)));
+  }
+  int64_t channels_, rows_, mask_row_, each_, folded_;
 };
 
 // Planes of one channel of one image; a part is the planes of some images, or a piece of one.
@@ -96,6 +108,8 @@ class Contiguous {
   int64_t channels_each() const { return channels_each_; }
   int64_t channels_in(int64_t block) const { return std::min(channels_each_, channels_ - block * channels_each_); }
   int64_t phase_blocks() const { return channel_blocks(); }
+  int64_t columns() const { return channels_; }
+  int64_t folded() const { return 1; }
   // Whether a thread takes a block of channels through all phases: its first reading leaves it in the thread's cache.
   bool channel_by_channel() const { return by_channel_; }
 

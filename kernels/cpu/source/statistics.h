@@ -36,15 +36,11 @@ INLINE Deviations<A> of_rows(Elements x, int64_t stride, int64_t i, N n, Pack<A>
   }
 }
 
-// The pivot of every channel, the mean of its first ROWS rows, and the sums of the deviations of these.
+// The pivot of every channel: the mean of its first ROWS rows.
 template <int ROWS, class Elements, class A>
-inline void first_rows(Elements x, int64_t stride, int64_t channels, A* pivot, A* sums, A* squares) {
+inline void find_pivots(Elements x, int64_t stride, int64_t channels, A* pivot) {
   walk<A>(channels, [&](int64_t i, auto n) INLINED {
-    const Pack<A> centre = of_rows<ROWS, A>(x, stride, i, n, zeros<A>()).sum * all(A(1) / ROWS);
-    const Deviations<A> found = of_rows<ROWS, A>(x, stride, i, n, centre);
-    store(pivot + i, centre);
-    store(sums + i, found.sum);
-    store(squares + i, found.squares);
+    store(pivot + i, of_rows<ROWS, A>(x, stride, i, n, zeros<A>()).sum * all(A(1) / ROWS));
   });
 }
 
@@ -54,35 +50,59 @@ template <int ROWS, class Elements, class A>
 inline void add_rows(Elements x, int64_t stride, int64_t channels, const A* pivot, A* sums, A* squares) {
   walk<A>(channels, [&](int64_t i, auto n) INLINED {
     const Deviations<A> found = of_rows<ROWS, A>(x, stride, i, n, load(pivot + i));
-    store(sums + i, load(sums + i) + found.sum);
-    store(squares + i, load(squares + i) + found.squares);
+    // Beyond the last row of a part the columns are those of others.
+    Typed<A>(sums).store(i, n, load(sums + i) + found.sum, false);
+    Typed<A>(squares).store(i, n, load(squares + i) + found.squares, false);
   });
 }
 
-// The mean and M2 of every one of ``channels`` over some rows, ``stride`` apart; ``pivot`` is room for as many.
-template <class A, class Elements>
-void moments(Elements x, int64_t stride, int64_t channels, int64_t rows, A* mean, A* m2, A* pivot) {
-  int64_t m = rows < 8 ? 1 : 8;
-  rows < 8 ? first_rows<1>(x, stride, channels, pivot, mean, m2) : first_rows<8>(x, stride, channels, pivot, mean, m2);
-  for (; m + 8 <= rows; m += 8) add_rows<8>(x + m * stride, stride, channels, pivot, mean, m2);
-  for (; m < rows; m++) add_rows<1>(x + m * stride, stride, channels, pivot, mean, m2);
-  const Pack<A> one_of = all(A(1) / A(rows));
+// What is known while rows are added up: a row of pivots, of sums and of squares.
+enum Moments : int { kPivot, kSum, kSquares, kMomentRows };
+
+// The mean and M2 of every one of ``channels`` with ``count`` values, from the sums.
+template <class A>
+void finish_moments(const Rows<A>& sums, int64_t channels, int64_t count, A* mean, A* m2) {
+  const Pack<A> one_of = all(A(1) / A(count));
   walk<A>(channels, [&](int64_t i, auto) INLINED {
-    const Pack<A> sum = load(mean + i), shift = sum * one_of;
-    store(mean + i, load(pivot + i) + shift);
-    store(m2 + i, fma(zeros<A>() - sum, shift, load(m2 + i)));
+    const Pack<A> sum = load(sums[kSum] + i), shift = sum * one_of;
+    store(mean + i, load(sums[kPivot] + i) + shift);
+    store(m2 + i, fma(zeros<A>() - sum, shift, load(sums[kSquares] + i)));
   });
 }
 
-// The mean and M2 of every channel in a part, each into a row; ``pivot`` is room for one more.
+// The mean and M2 of every one of ``channels`` over some rows, ``stride`` apart.
 template <class A, class Elements>
-void moments(const ChannelsLast& p, int64_t part, int64_t, Elements x, A* mean, A* m2, A* pivot) {
-  moments(x + part * p.rows_each() * p.stride(), p.stride(), p.stride(), p.count(part), mean, m2, pivot);
+void moments(Elements x, int64_t stride, int64_t channels, int64_t rows, A* mean, A* m2) {
+  Rows<A> sums(kMomentRows, channels);
+  std::fill_n(sums[kSum], 2 * sums.stride(), A(0));
+  rows < 8 ? find_pivots<1>(x, stride, channels, sums[kPivot]) : find_pivots<8>(x, stride, channels, sums[kPivot]);
+  int64_t m = 0;
+  for (; m + 8 <= rows; m += 8) add_rows<8>(x + m * stride, stride, channels, sums[kPivot], sums[kSum], sums[kSquares]);
+  for (; m < rows; m++) add_rows<1>(x + m * stride, stride, channels, sums[kPivot], sums[kSum], sums[kSquares]);
+  finish_moments(sums, channels, rows, mean, m2);
+}
+
+// The mean and M2 of every channel in a part, each into a row.
+template <class A, class Elements>
+void moments(const ChannelsLast& p, int64_t part, int64_t, Elements x, A* mean, A* m2) {
+  const int64_t channels = p.channels(), count = p.count(part);
+  const Elements first = x + p.first_row(part) * channels;
+  Rows<A> sums(kMomentRows, p.columns());
+  std::fill_n(sums[kSum], 2 * sums.stride(), A(0));
+  count < 8 ? find_pivots<1>(first, channels, channels, sums[kPivot])
+            : find_pivots<8>(first, channels, channels, sums[kPivot]);
+  sums.repeat(1, 0, channels, channels, p.folded());
+  p.groups(part, [&](Span s, int64_t rows) {
+    rows == 8 ? add_rows<8>(x + s.at, s.n, s.n, sums[kPivot], sums[kSum], sums[kSquares])
+              : add_rows<1>(x + s.at, s.n, s.n, sums[kPivot], sums[kSum], sums[kSquares]);
+  });
+  for (int row : {kSum, kSquares}) sums.fold(row, channels, p.folded());
+  finish_moments(sums, channels, count, mean, m2);
 }
 
 // The same for a block of channels, in one reading of their planes.
 template <class A, class Elements>
-void moments(const Contiguous& p, int64_t part, int64_t block, Elements x, A* mean, A* m2, A*) {
+void moments(const Contiguous& p, int64_t part, int64_t block, Elements x, A* mean, A* m2) {
   const int64_t first = block * p.channels_each();
   const double count = static_cast<double>(p.count(part));
   Pack<A> sums[kChannels], squares[kChannels];

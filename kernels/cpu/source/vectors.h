@@ -1,6 +1,7 @@
 // Per-channel vectors: those of the caller, of any dtype, and the rows that the loops read.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -37,6 +38,23 @@ class Rows {
   A* operator[](int64_t row) { return first_ + row * stride_; }
   const A* operator[](int64_t row) const { return first_ + row * stride_; }
   int64_t stride() const { return stride_; }
+  // Elements [first, first + n) of every row again, ``times`` in all, each ``apart`` elements after the last.
+  void repeat(int64_t rows, int64_t first, int64_t n, int64_t apart, int64_t times) {
+    for (int64_t row = 0; row < rows; row++) {
+      A* at = (*this)[row] + first;
+      for (int64_t i = 1; i < times; i++) std::copy_n(at, n, at + i * apart);
+    }
+  }
+  // The sum of a row and its repetitions, in the place of the first.
+  void fold(int64_t row, int64_t apart, int64_t times) {
+    A* at = (*this)[row];
+    for (int64_t i = 1; i < times; i++) {
+      walk<A>(apart, [&](int64_t c, auto n) INLINED {
+        const Typed<A> here(at), there(at + i * apart);
+        here.store(c, n, here.load(c, n) + there.load(c, n), false);
+      });
+    }
+  }
 
  private:
   int64_t stride_;
