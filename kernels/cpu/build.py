@@ -26,7 +26,17 @@ UNITS = {
     for kind in ("Mixed", "Wide", "Float32", "BFloat16")
 } | {"entry": ("entry.cpp", "")}
 # No -ffast-math: NaN must stay. No contraction: the sign of z must be the same wherever it is computed.
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-funswitch-loops", "-w")
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-funswitch-loops",
+    "-w",
+)
 # By the instruction set that PyTorch itself takes on this processor (ATEN_CPU_CAPABILITY limits both).
 INSTRUCTION_SETS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),

@@ -14,7 +14,7 @@ from resfused.operator import phases
 
 CPU = torch.device("cpu")
 # Planes in one part, in pieces and several to a part; rows in one part and many, and to the last of a pack.
-LARGE = [(16, 64, 28, 28), (3, 5, 130, 101), (32, 256, 7, 7), (6, 24, 64, 64), (4096, 96), (70, 2048), (2, 3, 300, 401)]
+LARGE = [(16, 64, 28, 28), (3, 5, 130, 101), (32, 256, 7, 7), (6, 24, 64, 64), (4097, 24), (70, 2048), (2, 3, 300, 401)]
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +60,16 @@ def test_same_bits_whatever_the_threads(form, layout, shape):
             found.append(run(functional, p) | forked_gradients(p))
         for other in found[1:]:
             assert all(torch.equal(other[name], found[0][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 5, 130, 101), (32, 48, 7, 7), (70, 72, 3, 8)], ids=str)
+def test_stores_past_the_caches(layout, shape, monkeypatch):
+    """As of tensors larger than these: planes and rows on lines and off them."""
+    monkeypatch.setattr(functions, "_caches", lambda: (2**18, 0))
+    for dtype, tolerance in ((torch.float32, 5e-6), (torch.bfloat16, 2e-2)):
+        p = with_clear_signs(problem(FORMS[2], shape, dtype, CPU, layout=layout), 1e-4 if dtype.itemsize > 2 else 1e-2)
+        assert_close(run(functional, p), run(reference, p, torch.float64), tolerance)
 
 
 def forked_gradients(p):
