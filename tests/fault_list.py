@@ -365,6 +365,24 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "watched module inlined": "«is_watched(module) or →»_is_leaf(module)"},
     ("traces.py", "test_fuse_left.py::test_own_forward_of_an_instance_is_left"): {
         "own forward replaced": 'if «"forward" in module.__dict__→False» and not'},
+    ("signature.py", "test_fuse_calls.py::test_each_value_of_an_argument_has_its_own_code"): {
+        "values not told apart": 'return «repr(value)→""»'},
+    ("tracing.py", "test_fuse_calls.py -k that_the_code"): {
+        "changed list let through": "if «repr((args, kwargs)) != before→False»",
+        "returned list copied": "if «not _containers_in((args, kwargs)).isdisjoint(_containers_in(result))→False»"},
+    ("matching.py", "test_fuse_zoo.py::test_what_others_hold_is_left"): {
+        "view taken for a tensor of its own": '_FRESH_METHODS = («→"view_as", »"add"',
+        "tensor that is read taken for another": "apart = «changed not in read and →»all("},
+    ("matching.py", "test_fuse_zoo.py::test_a_dropout_that_drops_is_left_in_training"): {
+        "what a dropout drops not noted": "in skipped:\n            «self._take_for_granted(str(node.target))→pass»"},
+    ("drafting.py", "test_fuse_zoo.py::test_no_forward_is_replaced_where_nothing_is_fused"): {
+        "forward replaced in vain": "for draft in ordered if draft.sites or «draft.hands_on→True»"},
+    ("fused_forward.py", "test_fuse_calls.py::test_a_new_call_keeps_to_the_filter"): {
+        "filter lost for new calls": "plans_of(self.module, call, «self.refused→frozenset()»)"},
+    ("checking.py", "test_check.py"): {
+        "check changes statistics": "module._buffers[name] = buffer«.copy_(value)→»",
+        "check changes modes": "            module.training = «mode→True»",
+        "norm told to run that did not": "if module is not None« and tensors is not None→»"},
     ("pairs.py", "test_fuse_reads.py::test_a_pair_is_not_changed_in_place"): {
         "pair changed in place": "return []« if user.args[0] is not node else None→»"},
     ("pairs.py", f"{HOOKS}::test_the_fused_chain_is_what_these_tests_take_it_for"): {

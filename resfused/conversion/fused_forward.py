@@ -222,8 +222,9 @@ class FusedForward:
     def _new_plans(self, call: Call) -> tuple[Plan, ...]:
         """Of a call that the code of the model did not show: from a script, or from code that cannot be traced."""
         # PyTorch is patched for it, which compilers cannot see through and other threads must not meet half-way.
-        planned = threading.current_thread() is threading.main_thread() and not torch.compiler.is_compiling()
-        if not planned or len(self.plans) >= MOST_CALLS:
+        if torch.compiler.is_compiling() or threading.current_thread() is not threading.main_thread():
+            return ()
+        if len(self.plans) >= MOST_CALLS:
             return ()
         # It imports this module.
         from .planning import plans_of

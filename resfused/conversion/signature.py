@@ -86,12 +86,12 @@ def with_tensors(module: nn.Module) -> Call | None:
 
 @cache
 def _with_tensors(kind: Any) -> Call | None:
-    names, defaults, _, more, _ = found = _parameters(kind)
+    names, defaults, named, more, _ = found = _parameters(kind)
     graph = fx.Graph()
     args = [graph.placeholder(n) if d is _MISSING else d for n, d in zip(names, defaults, strict=True)]
     if more and not args:
         args = [graph.placeholder("x")]
-    return found.call(tuple(args), {})
+    return found.call(tuple(args), {n: graph.placeholder(n) for n, d in named.items() if d is _MISSING})
 
 
 def plain_call(module: nn.Module) -> Call | None:

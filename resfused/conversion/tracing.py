@@ -167,6 +167,8 @@ class _Code(fx.Tracer):
         result = type(self.root).forward(self.root, *args, **kwargs)
         if repr((args, kwargs)) != before:
             raise UntraceableError("it changes a list or dict that it is given")
+        if not _containers_in((args, kwargs)).isdisjoint(_containers_in(result)):
+            raise UntraceableError("it returns a list or dict that it is given")
         self.create_node("output", "output", (self.create_arg(_returned(self, result)),), {})
 
     def placeholder(self, name: str) -> fx.Proxy:
@@ -214,6 +216,15 @@ def _names(kind: type[nn.Module], call: Call) -> Iterator[str]:
         tensors: list[Any] = []
         replaced(value, tensors.append)
         yield from repeat(name, len(tensors))
+
+
+def _containers_in(value: Any) -> set[int]:
+    """The lists and dicts, by identity."""
+    if not isinstance(value, (list, tuple, dict)):
+        return set()
+    inside = value.values() if isinstance(value, dict) else value
+    own = set() if isinstance(value, tuple) else {id(value)}
+    return own.union(*map(_containers_in, inside))
 
 
 def _returned(code: _Code, result: Any) -> Any:

@@ -75,6 +75,17 @@ def test_an_addition_that_broadcasts(device):
     assert "shapes" in check.idle[0].reason
 
 
+def test_two_norms_in_different_modes(device):
+    """In evaluation one takes the batch's statistics still: it is called as it is."""
+    model = Parts(lambda self, x: F.relu(self.a(x) + self.b(x)))
+    model.bn2 = nn.BatchNorm2d(CHANNELS, track_running_stats=False)
+    model = model.to(device, torch.float64)
+    check = resfused.fuse_(model).check(model, torch.randn(INPUT, dtype=torch.float64, device=device))
+    assert check.places == (1, 0)
+    assert check.norms_in_evaluation == ("bn1",)
+    assert "modes" in check.idle[0].reason
+
+
 def test_another_model():
     report = resfused.fuse_(nn.Sequential(residual()))
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, but got int"):

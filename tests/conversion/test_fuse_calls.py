@@ -1,6 +1,7 @@
 """Modules that are called with more than tensors: what is fused for each call, and that it runs."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -47,6 +48,10 @@ def takes_a_name(self, x, *, relu=True):
     return F.relu(self.a(x)) if relu else self.a(x)
 
 
+def must_be_named(self, x, *, scale):
+    return F.relu(self.a(x)) * scale
+
+
 CALLS = {
     "a list": (takes_a_list, RELU, lambda m, x: m([x, x * 2])),
     "a tuple": (takes_a_list, RELU, lambda m, x: m((x, x * 2, x))),
@@ -59,6 +64,7 @@ CALLS = {
     "a named argument": (takes_more, RELU, lambda m, x: m(x, scale=3)),
     "a named tensor": (takes_more, RELU, lambda m, x: m(x, scale=x)),
     "any number": (takes_any, ADD, lambda m, x: m(x, 2 * x)),
+    "a number that must be named": (must_be_named, RELU, lambda m, x: m(x, scale=2)),
     "a default by name": (takes_a_name, RELU, lambda m, x: m(x, relu=True)),
 }  # fmt: skip
 
@@ -109,17 +115,16 @@ def ran(model, call):
 def test_each_value_of_an_argument_has_its_own_code(device):
     """The argument decides what is computed, and is no tensor: a switch, a number, a text."""
 
-    def code(self, x, switch="off", factor=1.0):
+    def code(self, x, switch="on", factor=1.0):
         if switch == "off":
             return self.a(x) * factor
         return F.relu(self.a(x)) * factor
 
     model = Tail(code).to(device, torch.float64)
     plain = copy.deepcopy(model)
-    resfused.fuse_(nn.Sequential(model, nn.ReLU()))
     x = torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64, device=device)
-    resfused.fuse_(model)
-    for given in ((), ("on",), ("off", 2.0), ("on", 3), ("on", 3.0), ("on", True)):
+    assert resfused.fuse_(model).norms == ("bn1",)
+    for given in ((), ("on",), ("off",), ("off", 2.0), ("on", 3), ("on", 3.0), ("on", True)):
         assert relative_error(model(x, *given), plain(x, *given)) < 1e-12, given
 
 
@@ -136,6 +141,34 @@ def test_a_number_that_changes_from_call_to_call(device):
     for step in range(2 * MOST_CALLS):
         assert relative_error(model(x, step), plain(x, step)) < 1e-12
     assert len(model.forward.plans) == MOST_CALLS
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_call_in_compiled_code(known, device):
+    """One that was made before compiles fused, another as it is; without a break in the graph."""
+    model = Tail(takes_a_shortcut).to(device, torch.float64)
+    plain = copy.deepcopy(model)
+    resfused.fuse_(model)
+    x = torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64, device=device)
+    if known:
+        for each in (model, plain):
+            each(x, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with resfused.use_backend("torch"):
+        assert ran(model, lambda _: relative_error(compiled(x, 2 * x), plain(x, 2 * x)) < 1e-12) == known
+    assert len(model.forward.plans) == 1 + known
+
+
+def test_a_call_in_another_thread(device):
+    """Is not planned: PyTorch is patched for it, for all threads."""
+    model = Tail(takes_a_shortcut).to(device, torch.float64)
+    plain = copy.deepcopy(model)
+    resfused.fuse_(model)
+    x = torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64, device=device)
+    with ThreadPoolExecutor(1) as pool:
+        assert relative_error(pool.submit(model, x, 2 * x).result(), plain(x, 2 * x)) < 1e-12
+    assert len(model.forward.plans) == 1
 
 
 class Unknown:
@@ -166,6 +199,16 @@ def test_a_list_that_the_code_changes_is_changed(device):
     xs = [torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64, device=device)]
     y = model(xs)
     assert xs[1] is y
+
+
+def test_a_list_that_the_code_returns_is_the_same(device):
+    def code(self, xs):
+        return xs, F.relu(self.a(xs[0]))
+
+    model = Tail(code).to(device, torch.float64)
+    resfused.fuse_(model)
+    xs = [torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64, device=device)]
+    assert model(xs)[0] is xs
 
 
 def test_arguments_that_are_missing_are_errors_as_before(device):

@@ -128,7 +128,17 @@ def what_it_reads_changed(self, x):
     return self.relu(out) + view
 
 
-@pytest.mark.parametrize("code", [onto_the_input, onto_a_view, what_it_reads_changed])
+def what_was_made_for_it_changed(self, x):
+    first = self.conv1(x)
+    out = self.bn2(first)
+    F.relu_(first)
+    return self.relu(out) + first
+
+
+LEFT = [onto_the_input, onto_a_view, what_it_reads_changed, what_was_made_for_it_changed]
+
+
+@pytest.mark.parametrize("code", LEFT)
 def test_what_others_hold_is_left(code, device):
     x = torch.randn(INPUT, dtype=torch.float64, device=device)
     model = Parts(code, nn.ReLU()).to(device, torch.float64)
