@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resfused import reference
 from workloads.nodes import NORM_ADD_NORM_RELU, NORM_ADD_RELU, NORM_RELU
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -52,6 +53,14 @@ class Problem:
 
         lists = copies(self.activations), copies(self.running), copies(self.parameters)
         return Problem(self.form, self.training, *lists, *copies([self.dy]))
+
+    def undecided(self, within: float) -> Tensor:
+        """Where the ReLU is taken of less than ``within``, so that rounding decides whether it lets through."""
+        below, above = self.copy(torch.float64), self.copy(torch.float64)
+        with torch.no_grad():
+            below.parameters[1] -= within
+            above.parameters[1] += within
+            return (below.forward(reference) > 0) != (above.forward(reference) > 0)
 
     def results(self, library: Any) -> dict[str, Tensor]:
         """Output, gradients and running statistics by name."""

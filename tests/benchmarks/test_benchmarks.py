@@ -6,10 +6,12 @@ import subprocess
 import sys
 from itertools import combinations, product
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from count.recorder import record
 from measure import measuring, memory, standard
 from measure.node_timing import SMALL
@@ -22,7 +24,7 @@ from workloads.passes import PHASES
 from workloads.problems import DTYPES, LAYOUTS, problem
 
 import resfused
-from resfused import backend
+from resfused import backend, reference
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,6 +135,25 @@ def test_a_wrong_kernel_fails_the_gate(device, halved):
         verdict = gate.judge(each, "contiguous")
         assert not verdict.passed
         assert verdict.worst == "gradient 1"
+
+
+def test_a_sign_that_rounding_decides_is_nobodys_error():
+    p = problem("norm+add+relu", (4, 8, 4, 4), torch.float32, "contiguous", torch.device("cpu"))
+    x, residual = (t.detach() for t in p.activations)
+    z = F.batch_norm(x, None, None, *(t.detach() for t in p.parameters), True) + residual
+    residual[1, 2, 3, 0] -= z[1, 2, 3, 0]
+
+    def moved_by(distance):
+        def batch_norm_add_relu(x, residual, mean, var, weight, bias, training):
+            return reference.batch_norm_add_relu(x, residual, mean, var, weight, bias + distance, training)
+
+        return SimpleNamespace(batch_norm_add_relu=batch_norm_add_relu)
+
+    judge = gate.Judge(p)
+    for distance in (-2e-6, 2e-6):
+        assert judge.verdict("contiguous", moved_by(distance)).error < 1e-5
+    assert p.dy[1, 2, 3, 0] == 0
+    assert (p.dy == 0).sum() < 3
 
 
 @pytest.mark.parametrize("halved", ["native"], indirect=True)
