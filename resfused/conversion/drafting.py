@@ -11,9 +11,9 @@ from torch import fx, nn
 from ..norms import is_norm, is_watched
 from .fused_forward import Kind, Plan
 from .matching import Matcher, Site, is_called_once, is_fresh, result_of, uses
-from .signature import Call, call_of, plain_call
+from .reading.signature import Call, call_of, plain_call
+from .reading.tracing import Container, Read, UntraceableError
 from .traces import Traces
-from .tracing import Container, Read, UntraceableError
 
 
 @dataclass

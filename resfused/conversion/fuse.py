@@ -9,9 +9,9 @@ from torch import nn
 from ..backend import backend_for, get_backend
 from .fused_forward import FusedForward
 from .planning import Filter, Planner
+from .reading.tracing import traceable
 from .reasons import left
 from .report import Report
-from .tracing import traceable
 
 
 def fuse_(model: nn.Module, filter_fn: Filter | None = None) -> Report:

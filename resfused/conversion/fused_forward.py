@@ -24,8 +24,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..blocks import ForkedBlock, takes_pairs
 from ..norms import is_norm, is_watched
-from .signature import Call, parameters, plain_signature
-from .tracing import Container, Read
+from .reading.signature import Call, parameters, plain_signature
+from .reading.tracing import Container, Read
 
 _numbers = count()
 MOST_CALLS = 16

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..norms import is_norm, is_watched
 from .calls import functional_tail, tail_pair
-from .tracing import Read
+from .reading.tracing import Read
 
 _RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)

@@ -13,10 +13,10 @@ from .drafting import Draft, Drafter, plans
 from .fused_forward import FusedForward, Kind, Plan, forked_call
 from .matching import Matcher, is_plain_call, result_of
 from .pairs import call_for_pair, hand_on, open_ends, pair_call, readers
+from .reading.signature import Call, call_of, plain_signature, with_tensors
+from .reading.tracing import traceable
 from .report import Fused
-from .signature import Call, call_of, plain_signature, with_tensors
 from .traces import Traces
-from .tracing import traceable
 
 Filter = Callable[[nn.Module, str], bool]
 Key = tuple[nn.Module, str, bool]

@@ -9,8 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..norms import is_norm, is_watched
 from .matching import Matcher, calls_of, uses
 from .planning import Planner, has_code
+from .reading.tracing import UntraceableError, a_type
 from .report import Fused, Left
-from .tracing import UntraceableError, a_type
 
 
 def left(planner: Planner, fused: tuple[Fused, ...]) -> tuple[Left, ...]:

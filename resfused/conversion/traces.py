@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 
 from .fused_forward import ATTRIBUTES, FusedForward, at, is_same
-from .signature import Call
-from .tracing import Trace, UntraceableError, trace
+from .reading.signature import Call
+from .reading.tracing import Trace, UntraceableError, trace
 
 Found = Trace | UntraceableError
 

@@ -1,0 +1,1 @@
+"""What a module is called with, and what its code computes of that."""
