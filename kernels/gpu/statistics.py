@@ -135,7 +135,8 @@ def take_statistics(x, partials, walk, BY_GROUPS: tl.constexpr, WHOLE: tl.conste
     for outer in range(following, tl.where(quads.ragged, quads.outer, 0), walk.programs):
         at = of_block + outer * quads.outer_stride + quads.inner * quads.inner_stride
         block = quads.inner if BY_GROUPS else quads.inner * 4
-        for tile in tl.static_range(4):
+        # A channels_last tensor has one such quad, a contiguous one may have no others.
+        for tile in tl.range(4, loop_unroll_factor=1 if tiling.CHANNELS_LAST else 4):
             s_inside = inside_block(block if BY_GROUPS else block + tile, walk.S, tiling.BLOCK_S)
             inside = by_position(s_inside, tiling.CHANNELS_LAST) & by_channel(c_inside, tiling.CHANNELS_LAST)
             value = tl.load(at + tile * quads.stride + local, mask=inside, other=0).to(tiling.ACC)
