@@ -126,7 +126,9 @@ def compile_launches(form: str, phase: str, dtype: torch.dtype, layout: str, sha
         torch.empty((4 if norm_residual else 2, shape[1]), dtype=accumulator, device="meta"),
         *norms,
     )
-    gpu.backward(activation(), activation() if phase == FORKED else None, kept, gpu.Gradients(*[True] * 6))
+    # Those of every input that there is.
+    wanted = gpu.Gradients(True, has_residual, True, True, norm_residual, norm_residual)
+    gpu.backward(activation(), activation() if phase == FORKED else None, kept, wanted)
 
 
 class Fills(TorchDispatchMode):
