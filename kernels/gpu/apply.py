@@ -118,7 +118,8 @@ def launch_apply(
     is_dz = dz is not None and dz.dtype is call.gradients[0].dtype
 
     def made() -> Made:
-        launch, options = tile_options("apply", g, call.acc, call.x.device, call.rows - 1)
+        forked = call.gradients[1] is not None
+        launch, options = tile_options("apply", g, call.acc, call.x.device, call.rows - 1, forked)
         return Made(launch.grid, (values, g.groups, g.positions, g.columns), {"IS_DZ": is_dz} | options)
 
     call.plan.launch(

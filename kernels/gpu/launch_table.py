@@ -113,17 +113,26 @@ def takes_one_launch(direction: str, g: Geometry) -> bool:
 
 @cached
 def streaming(
-    kernel: str, g: Geometry, wide: bool = False, norms: int = 1, multiprocessors: int | None = None
+    kernel: str,
+    g: Geometry,
+    wide: bool = False,
+    norms: int = 1,
+    multiprocessors: int | None = None,
+    forked: bool = False,
 ) -> Launch:
     """The launch of a kernel that walks whole activations of geometry ``g``; ``wide`` for arithmetic in float64.
 
     Of two ``norms`` the statistics are taken side by side; elsewhere they share a tile, of half the elements for their
-    vectors. For so many ``multiprocessors``, or without a number MULTIPROCESSORS.
+    vectors. Where a ``forked`` output's second gradient comes on top, those of apply over channels_last take another
+    half. For so many ``multiprocessors``, or without a number MULTIPROCESSORS.
     """
     size = g.numel
     entry = next(e for limit, e in STREAMING[kernel, g.channels_last] if limit is None or size <= limit)
     activations = norms if kernel == "statistics" else 1
-    positions, channels = _tile(g, entry.elements // (2 if wide else 1) // (norms // activations), entry.inner)
+    elements = entry.elements // (2 if wide else 1) // (norms // activations)
+    if forked and norms == 2 and kernel == "apply" and g.channels_last:
+        elements //= 2
+    positions, channels = _tile(g, elements, entry.inner)
     channel_blocks = -(-g.columns // channels)
     resident = (multiprocessors or MULTIPROCESSORS) * entry.programs
     programs = _programs(_steps(kernel, g, positions), activations * channel_blocks, resident)

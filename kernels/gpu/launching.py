@@ -92,10 +92,11 @@ class Backward(NamedTuple):
 
 @launch_table.cached
 def tile_options(
-    kernel: str, g: Geometry, acc: torch.dtype, device: torch.device, norms: int
+    kernel: str, g: Geometry, acc: torch.dtype, device: torch.device, norms: int, forked: bool = False
 ) -> tuple[launch_table.Launch, dict[str, Any]]:
-    """The launch and the compile-time arguments of a streaming kernel for so many ``norms``."""
-    launch = launch_table.streaming(kernel, g, acc is torch.float64, norms, launch_table.multiprocessors(device))
+    """The launch and the compile-time arguments of a streaming kernel; see ``launch_table.streaming``."""
+    wide, multiprocessors = acc is torch.float64, launch_table.multiprocessors(device)
+    launch = launch_table.streaming(kernel, g, wide, norms, multiprocessors, forked)
     constants = _tile_constants(g, acc, launch)
     constants["CHANNEL_MAJOR"] = launch.channel_major
     if kernel == "statistics":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -68,6 +69,15 @@ def test_the_file_says_what_is_in_force() -> None:
                 launch = launch_table.streaming(kernel, g)
                 assert launch.block_positions * launch.block_channels == e["elements"]
                 assert launch.warps == e["warps"]
+
+
+def test_a_fork_halves_the_tile_of_apply_alone() -> None:
+    """And no other's, whose registers have room for the second gradient."""
+    for (kernel, channels_last), norms in product(launch_table.STREAMING, (1, 2)):
+        g = Geometry(channels_last, 1, 2**20, 256)
+        tiles = [launch_table.streaming(kernel, g, norms=norms, forked=forked)[:2] for forked in (False, True)]
+        whole, of_fork = (positions * channels for positions, channels in tiles)
+        assert whole == of_fork * (2 if (kernel, channels_last, norms) == ("apply", True, 2) else 1)
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
