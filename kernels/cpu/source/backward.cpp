@@ -6,7 +6,6 @@
 
 #include "columns.h"
 #include "entry.h"
-#include "pages.h"
 #include "partition.h"
 #include "storage.h"
 #include "vectors.h"
@@ -46,9 +45,7 @@ class Backward {
                   (call.phases == kInputs || (call.phases == kAll && call.dy_fork && !p.channel_by_channel()))),
         writes_early_(call.phases == kLocal || (call.dz && call.phases == kSums) ||
                       (reads_dz_ && call.phases == kAll)),
-        past_dz_(past(call.dz)),
-        past_dx_(past(call.dx)),
-        past_dresidual_(past(call.dresidual)) {}
+        past_(past()) {}
 
   __attribute__((noinline)) void prepare(int64_t block) {
     each_channel(block, [&](int64_t c) {
@@ -188,13 +185,14 @@ class Backward {
     return rstd_of<A>(read<A>(norm(i).running_var, c), norm(i).eps);
   }
   int64_t bytes(const Tensor& t) const { return t ? call_.shape.numel() * Elements(t).element_size() : 0; }
-  // Whether an output is stored past the caches: where they cannot hold all that the last phase moves.
-  bool past(const Tensor& output) const {
+  // Whether outputs are stored past the caches: where those cannot hold all that the last phase moves. Huge pages, as
+  // forward asks for, stall a network's backward: of a ResNet-50 step 330 to 720 ms for all nodes, without them 250.
+  bool past() const {
     int64_t moved = 0;
     for (const Tensor* t : {&call_.dy, &call_.dy_fork, &call_.x, &call_.residual, &call_.dz, &call_.dx, &call_.dresidual}) {
       moved += bytes(*t);
     }
-    return !takes_pages(output.data, bytes(output)) && moved > call_.machine.shared_cache;
+    return moved > call_.machine.shared_cache;
   }
 
   template <class Visit>
@@ -275,7 +273,7 @@ class Backward {
     const Tensor none{nullptr, call_.dy.dtype};
     const Elements z = Elements(dz ? call_.dz : none) + s.at, x = Elements(inputs ? call_.dx : none) + s.at,
                    r = Elements(inputs ? call_.dresidual : none) + s.at;
-    return {z, x, r, past_dz_ && z.aligned(), past_dx_ && x.aligned(), past_dresidual_ && r.aligned()};
+    return {z, x, r, past_ && z.aligned(), past_ && x.aligned(), past_ && r.aligned()};
   }
 
   static INLINE void add(const Step& found, Sums<A>& sums) {
@@ -376,7 +374,7 @@ class Backward {
   Rows<A> norm_, partials_;
   // Whether the last phase finds dz written: where that is less to read than two halves of dy.
   const bool reads_dz_;
-  const bool writes_early_, past_dz_, past_dx_, past_dresidual_;
+  const bool writes_early_, past_;
 };
 
 template <class Kind, class Partition>
