@@ -294,6 +294,7 @@ COMMANDS = {
     "report": Command("report.command", _report),
     "science": Command("science.command", _science),
     "traffic": Command("count.traffic", _traffic),
+    "cpu-traffic": Command("count.cpu_traffic", _json),
     "audit": Command("count.audit", _audit),
     "host": Command("count.host", _host),
     "coverage": Command("count.coverage", _coverage),

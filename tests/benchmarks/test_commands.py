@@ -168,8 +168,10 @@ def content(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-JSON = [["traffic", "--json"], ["audit", "--json"], ["host", "--json"], ["coverage", "--json"], ["tune", "--output"],
-        ["tune", "--record"]]  # fmt: skip
+JSON = [
+    ["traffic", "--json"], ["cpu-traffic", "--json"], ["audit", "--json"], ["host", "--json"], ["coverage", "--json"],
+    ["tune", "--output"], ["tune", "--record"],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
