@@ -61,7 +61,7 @@ def test_indices_grids_and_workspace(shape, layout, multiprocessors, monkeypatch
                 assert 1 <= launch.programs <= steps
                 if quads:
                     second = NOTHING_BUT_STATISTICS if norms == 2 else None
-                    room = partial_statistics(Forward.of(x, x, NOTHING_BUT_STATISTICS, second), launch)
+                    room = partial_statistics(Forward.of("statistics", x, x, NOTHING_BUT_STATISTICS, second), launch)
                     entries, nbytes = room.numel(), room.nbytes
                 else:
                     entries = (norms + 1) * launch.programs * g.columns
