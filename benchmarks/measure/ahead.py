@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from typing import Any
 
@@ -20,29 +20,47 @@ Work = tuple[str, str, str, str, tuple[int, ...]]
 
 
 def compile_launches(work: Sequence[Work], device: torch.device, seconds: float) -> list[str]:
-    """As far as ``seconds`` allow; returns what went wrong. Nothing where ``device`` is no GPU of NVIDIA's."""
+    """As far as ``seconds`` allow; returns what went wrong. Nothing where ``device`` is no GPU of NVIDIA's.
+
+    One process has all shapes of a kernel, and compiles what they share once.
+    """
     architecture = offline.architecture_of(device)
     if architecture is None:
         return []
-    constants = {
-        "L2_BYTES": launch_table.l2_bytes(device), "MULTIPROCESSORS": launch_table.multiprocessors(device)
-    }  # fmt: skip
-    return compile_for(architecture, constants, work, seconds)
+    constants = constants_of(device)
+    parts = [(list(part), constants, architecture) for _, part in groupby(sorted(work), key=lambda each: each[:4])]
+    with processes(min(len(parts), os.cpu_count() or 1)) as pool:
+        found, late = in_parts(pool, _compile, parts, seconds)
+    return found + [f"{seconds:.0f} s were over"] * late
 
 
-def compile_for(architecture: str, constants: dict[str, Any], work: Sequence[Work], seconds: float) -> list[str]:
-    """``constants``: of the launch table. One process has all shapes of a kernel, and compiles what they share once."""
-    parts = [list(part) for _, part in groupby(sorted(work), key=lambda each: each[:4])]
-    pool = ProcessPoolExecutor(min(len(parts), os.cpu_count() or 1), multiprocessing.get_context("spawn"))
+def constants_of(device: torch.device) -> dict[str, Any]:
+    """What the launch table asks of a device, for processes that compile without it."""
+    return {"L2_BYTES": launch_table.l2_bytes(device), "MULTIPROCESSORS": launch_table.multiprocessors(device)}
+
+
+@contextmanager
+def processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool that is dropped on leaving, with whatever it has not begun."""
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
     try:
-        futures = [pool.submit(_compile, part, constants, architecture) for part in parts]
-        done, late = wait(futures, seconds)
-        found = [reason for future in done for reason in future.result()]
-        return found + [f"{seconds:.0f} s were over"] * len(late)
-    except BrokenProcessPool as error:
-        return [f"a process that compiles ahead has ended: {error}"]
+        yield pool
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def in_parts(
+    pool: ProcessPoolExecutor, compile: Callable[..., list[str]], parts: Sequence[Sequence[Any]], seconds: float
+) -> tuple[list[str], int]:
+    """What ``compile`` says went wrong in the parts that end within ``seconds``, and how many did not."""
+    try:
+        futures = [pool.submit(compile, *part) for part in parts]
+        done, late = wait(futures, seconds)
+        for future in late:
+            future.cancel()
+        return [reason for future in done for reason in future.result()], len(late)
+    except BrokenProcessPool as error:
+        return [f"a process that compiles ahead has ended: {error}"], 0
 
 
 def _compile(work: Sequence[Work], constants: dict[str, Any], architecture: str) -> list[str]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
 import torch
 from count.offline import compiling_for
+from measure.ahead import in_parts, processes
 from resfused.kernels.gpu import launch_table
 
 from tuning.directions import Case
@@ -22,54 +21,41 @@ SPARE_CORES = 2
 
 
 class Compiler:
-    """Compiles for ``architecture``, as ``offline`` names it, and an L2 cache of ``l2_bytes``."""
+    """Compiles for ``architecture``, as ``offline`` names it, and a device with these ``constants`` of the table."""
 
-    def __init__(self, pool: ProcessPoolExecutor, architecture: str, l2_bytes: int):
+    def __init__(self, pool: ProcessPoolExecutor, architecture: str, constants: dict[str, Any]):
         self._pool = pool
         self._architecture = architecture
-        self._l2_bytes = l2_bytes
+        self._constants = constants
 
     def compile(self, work: Sequence[tuple[Sequence[Case], Any]], seconds: float) -> list[str]:
         """Every case of ``work`` under the table beside it, as far as ``seconds`` allow; returns what went wrong.
 
         That is not the last word on a table: the process that measures compiles whatever it does not find.
         """
-        try:
-            futures = [
-                self._pool.submit(
-                    compile_cases, part, {**table.constants, "L2_BYTES": self._l2_bytes}, self._architecture
-                )
-                for cases, table in work
-                for part in _by_kernels(cases)
-            ]
-            done, late = wait(futures, seconds)
-            for future in late:
-                future.cancel()
-            return [reason for future in done if (reason := future.result()) is not None]
-        except BrokenProcessPool as error:
-            return [f"a process that compiles ahead has ended: {error}"]
+        parts = [
+            (part, {**table.constants, **self._constants}, self._architecture)
+            for cases, table in work
+            for part in _by_kernels(cases)
+        ]
+        return in_parts(self._pool, compile_cases, parts, seconds)[0]
 
 
 @contextmanager
-def compiler(architecture: str, l2_bytes: int) -> Iterator[Compiler]:
-    """A pool that is dropped on leaving, with whatever it has not begun."""
-    workers = max(1, (os.cpu_count() or 1) - SPARE_CORES)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    try:
-        yield Compiler(pool, architecture, l2_bytes)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+def compiler(architecture: str, constants: dict[str, Any]) -> Iterator[Compiler]:
+    with processes(max(1, (os.cpu_count() or 1) - SPARE_CORES)) as pool:
+        yield Compiler(pool, architecture, constants)
 
 
-def compile_cases(cases: Sequence[Case], constants: dict[str, Any], architecture: str) -> str | None:
-    """Why one of the cases does not compile, or None. Needs a process without TRITON_INTERPRET."""
+def compile_cases(cases: Sequence[Case], constants: dict[str, Any], architecture: str) -> list[str]:
+    """Why one of the cases does not compile, if so. Needs a process without TRITON_INTERPRET."""
     for case in cases:
         try:
             with launch_table.using(**constants), compiling_for(architecture):
                 case.tensors(torch.device("meta")).run()
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
-    return None
+            return [f"{type(error).__name__}: {error}"]
+    return []
 
 
 def _by_kernels(cases: Sequence[Case]) -> list[tuple[Case, ...]]:

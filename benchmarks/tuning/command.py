@@ -21,8 +21,9 @@ from console.arguments import UsageError, json_file, write_json
 from console.progress import Progress
 from console.rows import Rows
 from count.offline import architecture_of
+from measure.ahead import constants_of
 from record.environment import environment
-from resfused.kernels.gpu import launch_file, launch_table
+from resfused.kernels.gpu import launch_file
 from rich.console import Console
 from workloads.nodes import resnet50_nodes
 from workloads.problems import LAYOUTS
@@ -104,8 +105,7 @@ class Session:
         with ExitStack() as stack:
             compiler = None
             if architecture := architecture_of(self._device):
-                l2_bytes = launch_table.l2_bytes(self._device)
-                compiler = stack.enter_context(ahead.compiler(architecture, l2_bytes))
+                compiler = stack.enter_context(ahead.compiler(architecture, constants_of(self._device)))
             steps = sum(len(stage.steps) for stage in self._stages)
             progress = stack.enter_context(Progress(self._console, "Searching", steps))
 

@@ -56,11 +56,12 @@ class Problem:
 
     def undecided(self, within: float) -> Tensor:
         """Where the ReLU is taken of less than ``within``, so that rounding decides whether it lets through."""
-        below, above = self.copy(torch.float64), self.copy(torch.float64)
+        p = self.copy(torch.float64)
         with torch.no_grad():
-            below.parameters[1] -= within
-            above.parameters[1] += within
-            return (below.forward(reference) > 0) != (above.forward(reference) > 0)
+            p.parameters[1] -= within
+            passes_below = p.forward(reference) > 0
+            p.parameters[1] += 2 * within
+            return passes_below != (p.forward(reference) > 0)
 
     def results(self, library: Any) -> dict[str, Tensor]:
         """Output, gradients and running statistics by name."""

@@ -251,7 +251,7 @@ def test_launches_are_compiled_ahead(tmp_path: Path) -> None:
     with audit.compiler_environment(), pytest.MonkeyPatch.context() as m:
         m.setenv("TRITON_CACHE_DIR", str(tmp_path))
         m.setenv("PYTHONPATH", str(Path(tuning.__file__).parent.parent), prepend=":")
-        with ahead.compiler("sm_90", 2**20) as compiler:
+        with ahead.compiler("sm_90", {"L2_BYTES": 2**20}) as compiler:
             assert compiler.compile([([case], other)], 300) == []
             (failure,) = compiler.compile([([replace(case, dtype="int8")], other)], 300)
     assert "KeyError" in failure
