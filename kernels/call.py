@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .activation import IDENTITY, RELU, Activation
+
 
 class Norm(NamedTuple):
     """One BatchNorm's tensors, each of shape (C,) or None, and numbers; no eps where nothing is to be normalised."""
@@ -23,19 +25,21 @@ NOTHING_BUT_STATISTICS = Norm(None, None, None, None, 0.0, None)
 
 
 class Kept(NamedTuple):
-    """What a forward leaves for its backward.
+    """What a forward leaves for its backward; see ``to_keep`` for what may be missing.
 
-    ``residual`` is needed only with ``residual_norm``, ``residual_dtype`` and ``mask`` only without one; no ``stats``
-    means frozen statistics, the running ones of the norms.
+    The dtypes are needed where the tensors are not kept. No ``stats`` means frozen statistics, the running ones of the
+    norms. Without ``x`` the gradients that come in lie as y does.
     """
 
-    x: Tensor
+    x: Tensor | None
+    x_dtype: torch.dtype | None
     residual: Tensor | None
     residual_dtype: torch.dtype | None
     mask: Tensor | None
     stats: Tensor | None
     norm: Norm
     residual_norm: Norm | None
+    activation: Activation = RELU
 
 
 class Gradients(NamedTuple):
@@ -62,9 +66,28 @@ def promoted(x: Tensor, residual: Tensor | None) -> torch.dtype:
     return torch.promote_types(x.dtype, residual.dtype)
 
 
-def needs_mask(residual: Tensor | None, residual_norm: Norm | None) -> bool:
-    """Only a residual that is not saved for the backward hides the sign from it; else x and s give it again."""
-    return residual is not None and residual_norm is None
+class ToKeep(NamedTuple):
+    """Which of what is of full size a forward keeps for its backward; the mask has a bit an element."""
+
+    x: bool
+    residual: bool
+    mask: bool
+
+
+def to_keep(residual: bool, residual_norm: bool, training: bool, activation: Activation, wanted: Gradients) -> ToKeep:
+    """The least that the ``wanted`` gradients of a form are made of.
+
+    A normed input is kept where a sum with it is wanted: by its weight, or by its own gradient in training. The
+    derivative of the activation needs z, which x and the residual give again, or where it has two values only a bit,
+    unless z can be had from what is kept anyway.
+    """
+    x = bool(wanted.weight) or (training and bool(wanted.x))
+    second = residual_norm and (bool(wanted.residual_weight) or (training and bool(wanted.residual)))
+    if activation == IDENTITY or not any(wanted):
+        return ToKeep(x, second, False)
+    if activation.slopes is None:
+        return ToKeep(True, residual, False)
+    return ToKeep(x, second, not x or second != residual)
 
 
 def check_mask(mask: Tensor | None, numel: int) -> None:
@@ -73,12 +96,9 @@ def check_mask(mask: Tensor | None, numel: int) -> None:
         raise RuntimeError("the backend was changed between a forward and its backward: the mask is another backend's")
 
 
-def outputs(
-    x: Tensor, residual: Tensor | None, residual_norm: Norm | None, mask_numel: int, save_mask: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Room for y, and for the bytes of its mask where one is to be saved and needed."""
+def outputs(x: Tensor, residual: Tensor | None, mask_numel: int, masked: bool) -> tuple[Tensor, Tensor | None]:
+    """Room for y, and where it is to be ``masked`` for the bytes of its mask."""
     y = torch.empty_like(x, dtype=promoted(x, residual))
-    masked = save_mask and needs_mask(residual, residual_norm)
     return y, x.new_empty(mask_numel, dtype=torch.uint8) if masked else None
 
 

@@ -114,12 +114,13 @@ def compile_launches(form: str, phase: str, dtype: torch.dtype, layout: str, sha
     x = activation()
     residual = activation() if has_residual else None
     norms = norm(), norm() if norm_residual else None
-    if phase in (FORWARD, EVAL):
-        gpu.forward(x, residual, *norms, training=phase == FORWARD, save_mask=phase == FORWARD)
-        return
     masked = has_residual and not norm_residual
+    if phase in (FORWARD, EVAL):
+        gpu.forward(x, residual, *norms, training=phase == FORWARD, masked=masked and phase == FORWARD)
+        return
     kept = gpu.Kept(
         x,
+        None,
         residual if norm_residual else None,
         dtype if masked else None,
         torch.empty(geometry(x).mask_numel, dtype=torch.uint8, device="meta") if masked else None,

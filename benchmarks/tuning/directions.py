@@ -69,7 +69,8 @@ class Direction:
     def forward(self) -> Any:
         """(y, mask, stats)"""
         x, *residual = self.problem.activations
-        return gpu.forward(x, residual[0] if residual else None, *self._norms(), training=True, save_mask=True)
+        masked = self.problem.form == NORM_ADD_RELU
+        return gpu.forward(x, residual[0] if residual else None, *self._norms(), training=True, masked=masked)
 
     def run(self) -> Any:
         """What is timed."""
@@ -80,7 +81,7 @@ class Direction:
         normed = self.problem.form == NORM_ADD_NORM_RELU
         wanted = gpu.Gradients(True, len(residual) > 0, True, True, normed, normed)
         dtype = x.dtype if self.problem.form == NORM_ADD_RELU else None
-        kept = gpu.Kept(x, residual[0] if normed else None, dtype, self.mask, self.stats, *self._norms())
+        kept = gpu.Kept(x, None, residual[0] if normed else None, dtype, self.mask, self.stats, *self._norms())
         return gpu.backward(self.problem.dy, self.dy_fork, kept, wanted)
 
     def _norms(self) -> list[Any]:

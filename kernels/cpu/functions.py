@@ -33,11 +33,11 @@ _ALL, _SUMS, _INPUTS, _LOCAL = range(4)
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, save_mask: bool
+    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, masked: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As ``kernels.gpu.forward``."""
     g, (x, residual) = in_one_layout(x, residual)
-    y, mask = outputs(x, residual, residual_norm, g.mask_numel, save_mask)
+    y, mask = outputs(x, residual, g.mask_numel, masked)
     stats = _room(x, 2 if residual_norm is None else 4, accumulator(x, residual)) if training else None
     _call_forward(g, _FROM_BATCH if training else _RUNNING, x, residual, y, mask, stats, norm, residual_norm)
     return y, mask, stats
@@ -53,11 +53,11 @@ def local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) ->
 
 
 def normalise(
-    x: Tensor, residual: Tensor | None, stats: Tensor, norm: Norm, residual_norm: Norm | None
+    x: Tensor, residual: Tensor | None, stats: Tensor, norm: Norm, residual_norm: Norm | None, masked: bool
 ) -> tuple[Tensor, Tensor | None]:
     """As ``kernels.gpu.normalise``."""
     g, (x, residual) = in_one_layout(x, residual)
-    y, mask = outputs(x, residual, residual_norm, g.mask_numel, save_mask=True)
+    y, mask = outputs(x, residual, g.mask_numel, masked)
     _call_forward(g, _GIVEN, x, residual, y, mask, stats.contiguous(), norm, residual_norm)
     return y, mask
 
@@ -111,6 +111,7 @@ def _room(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
 
 def _activations(dy: Tensor, dy_fork: Tensor | None, kept: Kept) -> tuple[Geometry, Any]:
     """(x, residual, dy, dy_fork) in one layout, and their geometry; the residual only where it is normed."""
+    assert kept.x is not None
     return in_one_layout(kept.x, None if kept.residual_norm is None else kept.residual, dy, dy_fork)
 
 

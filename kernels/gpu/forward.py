@@ -79,18 +79,18 @@ def _forward_kernel(
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, save_mask: bool
+    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, masked: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """relu(batch_norm(x) + s) for ``x`` of shape (N, C, *spatial), N·C·spatial > 0.
 
     s is nothing, ``residual``, or with ``residual_norm`` the batch norm of ``residual``. Returns y in the promoted
-    dtype and the layout of ``x``; with ``save_mask``, in the middle form, the packed mask; with ``training`` the batch
+    dtype and the layout of ``x``; with ``masked`` the packed bits of where z > 0; with ``training`` the batch
     statistics (mean, rstd[, mean, rstd]), float32 or float64, after updating the running ones. One launch; three with
     ``training``, or one and the clearing of its counters where the launch table says so.
     """
     phase = "forward" if training else "frozen forward"
-    call = Forward.of(phase, x, residual, norm, residual_norm, save_mask)
-    y, mask = outputs(call.x, call.residual, residual_norm, call.g.mask_numel, save_mask)
+    call = Forward.of(phase, x, residual, norm, residual_norm, masked)
+    y, mask = outputs(call.x, call.residual, call.g.mask_numel, masked)
     if not training:
         launch_normalise(call, None, y, mask)
         return y, mask, None
@@ -116,11 +116,11 @@ def local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) ->
 
 
 def normalise(
-    x: Tensor, residual: Tensor | None, stats: Tensor, norm: Norm, residual_norm: Norm | None
+    x: Tensor, residual: Tensor | None, stats: Tensor, norm: Norm, residual_norm: Norm | None, masked: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The last phase of ``forward``: y and its mask with given ``stats``, (mean, rstd[, mean, rstd]). One launch."""
-    call = Forward.of("normalise", x, residual, norm, residual_norm, stats.dtype)
-    y, mask = outputs(call.x, call.residual, residual_norm, call.g.mask_numel, save_mask=True)
+    """The last phase of ``forward``, with given ``stats``, (mean, rstd[, mean, rstd]). One launch."""
+    call = Forward.of("normalise", x, residual, norm, residual_norm, stats.dtype, masked)
+    y, mask = outputs(call.x, call.residual, call.g.mask_numel, masked)
     launch_normalise(call, stats, y, mask)
     return y, mask
 

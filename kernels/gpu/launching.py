@@ -66,7 +66,8 @@ class Backward(NamedTuple):
     @classmethod
     def of(cls, phase: str, dy: Tensor, dy_fork: Tensor | None, kept: Kept, *rest: Any) -> Backward:
         """``phase`` and ``rest`` tell what is launched for such arguments from all else that is."""
-        x, residual, residual_dtype, mask, stats, norm, residual_norm = kept
+        x, _, residual, residual_dtype, mask, stats, norm, residual_norm, _ = kept
+        assert x is not None
         *vectors, _, eps = norm if residual_norm is None else (*norm[:4], *residual_norm)
         found = plan_for(
             phase, (x, residual, dy, dy_fork), (mask, stats, *vectors), norm.eps, eps, residual_dtype, *rest

@@ -38,18 +38,18 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, save_mask: bool
+    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, masked: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The kernels' ``forward`` for vectors that need not be dense, with running statistics that may be shared."""
     kernels = require_kernels(x)
     if not training:
         with on_device_of(x):
-            return kernels.forward(x, residual, prepared(norm), prepared(residual_norm), False, save_mask)
+            return kernels.forward(x, residual, prepared(norm), prepared(residual_norm), False, masked)
     if residual_norm is not None and _share_statistics(norm, residual_norm):
-        return _forward_in_turn(x, residual, norm, residual_norm, save_mask)
+        return _forward_in_turn(x, residual, norm, residual_norm, masked)
     used, residual_used = prepared(norm), prepared(residual_norm)
     with on_device_of(x):
-        results = kernels.forward(x, residual, used, residual_used, True, save_mask)
+        results = kernels.forward(x, residual, used, residual_used, True, masked)
     _write_back(norm, used)
     if residual_norm is not None:
         _write_back(residual_norm, residual_used)
@@ -121,14 +121,14 @@ def _extent(vector: Tensor) -> int:
 
 
 def _forward_in_turn(
-    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm, save_mask: bool
+    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm, masked: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of two norms that share running statistics, which one launch for both would update in a race.
 
     It takes the batch's alone, with a momentum of one; the updates follow, one after the other as in eager.
     """
     own, other = _of_the_batch(norm), _of_the_batch(residual_norm)
-    results = forward(x, residual, own, other, True, save_mask)
+    results = forward(x, residual, own, other, True, masked)
     for given, batch in ((norm, own), (residual_norm, other)):
         for running, new in ((given.running_mean, batch.running_mean), (given.running_var, batch.running_var)):
             if running is not None and new is not None:

@@ -42,7 +42,8 @@ class FusedResidualBlock(torch.autograd.Function):
         numbers = Numbers(*values)
         run = direct if direct.is_plain(input, residual, *parameters, *running) else traced
         norms = norms_of(parameters, running, numbers)
-        y, mask, stats = run.forward(input, residual, *norms, training, True)
+        masked = residual is not None and not numbers.norm_residual
+        y, mask, stats = run.forward(input, residual, *norms, training, masked)
         ctx.numbers = numbers
         ctx.residual_dtype = None if residual is None else residual.dtype
         kept = residual if numbers.norm_residual else None
@@ -61,7 +62,7 @@ class FusedResidualBlock(torch.autograd.Function):
         saved = ctx.saved_tensors
         input, residual, mask, stats, *vectors = saved
         norms = norms_of(vectors[:4], vectors[4:], ctx.numbers)
-        kept = Kept(input, residual, ctx.residual_dtype, mask, stats, *norms)
+        kept = Kept(input, None, residual, ctx.residual_dtype, mask, stats, *norms)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             gradients = _differentiable_backward(dy if dy_fork is None else dy + dy_fork, kept, wanted)
         else:
@@ -75,7 +76,7 @@ def _differentiable_backward(dy: Tensor, kept: Kept, wanted: Gradients) -> list[
 
     The ReLU passes dy where the forward let z through; what is left is the gradient of a batch norm.
     """
-    input, residual, residual_dtype, mask, stats, norm, second = kept
+    input, _, residual, residual_dtype, mask, stats, norm, second, _ = kept
     training = stats is not None
 
     def batch_norm(x: Tensor, norm: Norm) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backend import require_kernels
-from ..kernels.call import Gradients, Kept, Norm, needs_mask, parameter_gradients, promoted
+from ..kernels.call import Gradients, Kept, Norm, parameter_gradients, promoted
 from . import direct
 from .packed import Affine, unflatten
 
@@ -24,9 +24,8 @@ _FROZEN = f"{_NORM.format('', '', '')}, bool norm_residual, {_NORM.format('resid
 _TRAINED = f"{_NORM.format('', '(a!)', '(b!)')}, bool norm_residual, {_NORM.format('residual_', '(c!)', '(d!)')}"
 _AFFINE = "Tensor? weight, Tensor? bias, bool norm_residual, Tensor? residual_weight, Tensor? residual_bias"
 _SCHEMAS = (
-    f"forward_training(Tensor x, Tensor? residual, {_TRAINED}, bool save_mask)"
-    " -> (Tensor y, Tensor mask, Tensor stats)",
-    f"forward_frozen(Tensor x, Tensor? residual, {_FROZEN}, bool save_mask) -> (Tensor y, Tensor mask)",
+    f"forward_training(Tensor x, Tensor? residual, {_TRAINED}, bool masked) -> (Tensor y, Tensor mask, Tensor stats)",
+    f"forward_frozen(Tensor x, Tensor? residual, {_FROZEN}, bool masked) -> (Tensor y, Tensor mask)",
     "backward(Tensor dy, Tensor? dy_fork, Tensor x, Tensor? residual, ScalarType? residual_dtype, Tensor? mask, "
     f"Tensor? stats, {_FROZEN}, bool[6] wanted) -> Tensor[]",
     # The phases of a training node on their own, for statistics over several processes.
@@ -45,20 +44,20 @@ def _or_empty(mask: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _forward_training(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *values, save_mask = rest
-    y, mask, stats = direct.forward(x, residual, *unflatten(values), True, save_mask)
+    *values, masked = rest
+    y, mask, stats = direct.forward(x, residual, *unflatten(values), True, masked)
     return y, _or_empty(mask, x), cast(Tensor, stats)
 
 
 def _forward_frozen(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    *values, save_mask = rest
-    y, mask, _ = direct.forward(x, residual, *unflatten(values), False, save_mask)
+    *values, masked = rest
+    y, mask, _ = direct.forward(x, residual, *unflatten(values), False, masked)
     return y, _or_empty(mask, x)
 
 
 def _backward(dy: Tensor, dy_fork: Tensor | None, *rest: Any) -> list[Tensor]:
     *saved, wanted = rest
-    kept = Kept(*saved[:5], *unflatten(saved[5:]))
+    kept = Kept(saved[0], None, *saved[1:5], *unflatten(saved[5:]))
     return [g for g in direct.backward(dy, dy_fork, kept, Gradients(*wanted)) if g is not None]
 
 
@@ -67,16 +66,21 @@ def _local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) -
         return require_kernels(x).local_statistics(x, residual, norm_residual)
 
 
+def _is_masked(residual: Tensor | None, *affine: Any) -> bool:
+    """Only a residual that is not saved for the backward hides the sign from it; else x and s give it again."""
+    return residual is not None and not Affine(*affine).norm_residual
+
+
 def _normalise(x: Tensor, residual: Tensor | None, stats: Tensor, *affine: Any) -> tuple[Tensor, Tensor]:
     norms = map(direct.prepared, Affine(*affine).norms())
     with direct.on_device_of(x):
-        y, mask = require_kernels(x).normalise(x, residual, stats, *norms)
+        y, mask = require_kernels(x).normalise(x, residual, stats, *norms, _is_masked(residual, *affine))
     return y, _or_empty(mask, x)
 
 
 def _kept_with(affine: Any, x: Tensor, residual: Tensor | None, dtype: Any, mask: Tensor, stats: Tensor) -> Kept:
     mask_or_none = mask if mask.numel() else None
-    return Kept(x, residual, dtype, mask_or_none, stats, *map(direct.prepared, Affine(*affine).norms()))
+    return Kept(x, None, residual, dtype, mask_or_none, stats, *map(direct.prepared, Affine(*affine).norms()))
 
 
 def _local_sums(dy: Tensor, dy_fork: Tensor | None, *rest: Any) -> list[Tensor]:
@@ -106,8 +110,7 @@ def _input_gradients(
 
 
 def _fake_forward(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    *values, save_mask = rest
-    return _fake_outputs(x, residual, save_mask and needs_mask(residual, unflatten(values)[1]))
+    return _fake_outputs(x, residual, rest[-1])
 
 
 def _fake_outputs(x: Tensor, residual: Tensor | None, masked: bool) -> tuple[Tensor, Tensor]:
@@ -152,7 +155,7 @@ def _fake_local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bo
 
 
 def _fake_normalise(x: Tensor, residual: Tensor | None, stats: Tensor, *affine: Any) -> tuple[Tensor, Tensor]:
-    return _fake_outputs(x, residual, residual is not None and not Affine(*affine).norm_residual)
+    return _fake_outputs(x, residual, _is_masked(residual, *affine))
 
 
 def _fake_local_sums(

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels.call import Gradients, Kept, Norm, needs_mask
+from ..kernels.call import Gradients, Kept, Norm
 from . import ops
 from .packed import flatten, where_wanted
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, save_mask: bool
+    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, masked: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``direct.forward`` by way of the dispatcher."""
-    values = *flatten(norm, residual_norm), save_mask
+    values = *flatten(norm, residual_norm), masked
     if training:
         y, mask, stats = ops.forward_training(x, residual, *values)
     else:
         y, mask = ops.forward_frozen(x, residual, *values)
         stats = None
-    return y, mask if save_mask and needs_mask(residual, residual_norm) else None, stats
+    return y, mask if masked else None, stats
 
 
 def backward(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients) -> Gradients:
     """``direct.backward`` by way of the dispatcher."""
-    *saved, norm, residual_norm = kept
-    found = ops.backward(dy, dy_fork, *saved, *flatten(norm, residual_norm), wanted)
+    x, _, *saved, norm, residual_norm, _ = kept
+    found = ops.backward(dy, dy_fork, x, *saved, *flatten(norm, residual_norm), wanted)
     return Gradients(*where_wanted(found, wanted))

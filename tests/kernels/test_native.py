@@ -79,7 +79,7 @@ def forked_gradients(p):
     wanted = cpu.Gradients(*(n in p.tensors for n in names))
     kept = residual if norms[1] else None
     dtype = None if residual is None else residual.dtype
-    found = cpu.backward(p.dy * 0.25, p.dy * 0.75, cpu.Kept(x, kept, dtype, mask, stats, *norms), wanted)
+    found = cpu.backward(p.dy * 0.25, p.dy * 0.75, cpu.Kept(x, None, kept, dtype, mask, stats, *norms), wanted)
     return {f"forked {n}": g for n, g in zip(names, found, strict=True) if g is not None}
 
 
@@ -92,7 +92,8 @@ def forward(p, training=True):
         return cpu.Norm(*vectors, 0.1, 1e-3)
 
     norms = norm(""), norm("residual_") if "residual_weight" in t else None
-    _, mask, stats = cpu.forward(t["input"], t.get("residual"), *norms, training, True)
+    masked = "residual" in t and norms[1] is None
+    _, mask, stats = cpu.forward(t["input"], t.get("residual"), *norms, training, masked)
     return norms, t["input"], t.get("residual"), mask, stats
 
 
@@ -108,7 +109,7 @@ def test_pairs_of_gradients_are_added(form, layout, shape):
     wanted = cpu.Gradients(*(n in p.tensors for n in names))
     kept = residual if norms[1] else None
     dtype = None if residual is None else residual.dtype
-    one = cpu.backward(p.dy * 4 / 3, None, cpu.Kept(x, kept, dtype, mask, stats, *norms), wanted)
+    one = cpu.backward(p.dy * 4 / 3, None, cpu.Kept(x, None, kept, dtype, mask, stats, *norms), wanted)
     assert_close(whole, {f"forked {n}": g for n, g in zip(names, one, strict=True) if g is not None}, 1e-12)
 
 
@@ -202,7 +203,7 @@ def test_phases_alone(form, layout, dtype):
             cpu.Norm(*affine[:2], None, None, 0.0, 0.0),
             cpu.Norm(*affine[3:], None, None, 0.0, 0.0) if two else None,
         )
-        y, mask = cpu.normalise(x, residual, own, *norms)
+        y, mask = cpu.normalise(x, residual, own, *norms, residual is not None and not two)
         exact_y, on = phases.normalise(double(x), double(residual), stats, *wide)
         assert_close({"y": y}, {"y": exact_y}, tolerance)
         if mask is not None:
@@ -210,7 +211,7 @@ def test_phases_alone(form, layout, dtype):
             assert not (cpu.unpack_mask(mask, x) & (y == 0)).any()
         second = residual if two else None
         given = None if residual is None or two else residual.dtype
-        kept = cpu.Kept(x, second, given, mask, own, *norms)
+        kept = cpu.Kept(x, None, second, given, mask, own, *norms)
         dy = p.dy.where(on & (exact_y.abs() > 1e-4), 0)
         for fork in (None, dy):
             wanted = [form == FORMS[1], True, True, two, two]
