@@ -106,6 +106,11 @@ def in_layout_of(x: Tensor, like: Tensor) -> Tensor:
     return x if matches else torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
+def with_strides(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``t`` itself where it has these strides, which are dense, else a copy that does."""
+    return t if t.stride() == strides else t.new_empty_strided(t.shape, strides).copy_(t)
+
+
 def in_one_layout(x: Tensor, *others: Tensor | None) -> tuple[Geometry, Any]:
     """The plane geometry of ``x``, and all tensors: as they are where they lie densely in one layout, else copies."""
     strides = [None if t is None else t.stride() for t in others]

@@ -19,13 +19,22 @@ from .blocks import (
     Sequential,
 )
 from .conversion import Check, Fused, Left, Report, fuse_, unfuse_
+from .kernels.activation import ACTIVATIONS, Activation
 from .norms import (
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    BatchNormAddAct1d,
+    BatchNormAddAct2d,
+    BatchNormAddAct3d,
     BatchNormAddReLU1d,
     BatchNormAddReLU2d,
     BatchNormAddReLU3d,
     BatchNormReLU1d,
     BatchNormReLU2d,
     BatchNormReLU3d,
+    SyncBatchNormAct,
+    SyncBatchNormAddAct,
     SyncBatchNormAddReLU,
     SyncBatchNormReLU,
     convert_sync_batchnorm,
@@ -35,6 +44,14 @@ from .operator import FusedResidualBlock, SynchronisedResidualBlock
 from .version import __version__
 
 __all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "BatchNormAddAct1d",
+    "BatchNormAddAct2d",
+    "BatchNormAddAct3d",
     "BatchNormAddReLU1d",
     "BatchNormAddReLU2d",
     "BatchNormAddReLU3d",
@@ -51,6 +68,8 @@ __all__ = [
     "Report",
     "ResidualBlock",
     "Sequential",
+    "SyncBatchNormAct",
+    "SyncBatchNormAddAct",
     "SyncBatchNormAddReLU",
     "SyncBatchNormReLU",
     "SynchronisedResidualBlock",

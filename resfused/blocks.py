@@ -48,7 +48,7 @@ class ProjectionResidualBlock(ForkedBlock, reference.ProjectionResidualBlock):
     def forward_forked(self, x: Tensor, shortcut: Tensor, forked: bool = True) -> tuple[Tensor, Tensor]:
         out = tail(self.bn1, self.conv1(x))
         projection, norm = cast(_Shortcut, self.shortcut)
-        return forked_tail(self.bn2, self.conv2(out), projection(shortcut), norm, forked)
+        return forked_tail(self.bn2, self.conv2(out), projection(shortcut), norm, forked=forked)
 
 
 class BottleneckResidualBlock(ForkedBlock, reference.BottleneckResidualBlock):
@@ -64,7 +64,7 @@ class BottleneckResidualBlock(ForkedBlock, reference.BottleneckResidualBlock):
         if self.shortcut is None:
             return forked_tail(self.bn3, self.conv3(out), shortcut, forked=forked)
         projection, norm = cast(_Shortcut, self.shortcut)
-        return forked_tail(self.bn3, self.conv3(out), projection(shortcut), norm, forked)
+        return forked_tail(self.bn3, self.conv3(out), projection(shortcut), norm, forked=forked)
 
 
 class LinearResidualBlock(ForkedBlock, reference.LinearResidualBlock):

@@ -1,4 +1,4 @@
-"""BatchNorm modules with the residual addition and the ReLU fused in; drop-ins for ``torch.nn.BatchNorm*d``."""
+"""BatchNorm modules with the residual addition and the activation fused in; drop-ins for ``torch.nn.BatchNorm*d``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import sys
 from typing import Any
 
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .kernels.activation import RELU, Activation, activation_of
 from .kernels.call import Norm
 from .operator import synchronised
 from .operator.arguments import check_call, check_tensor
-from .operator.dispatch import normalise_add_relu
+from .operator.dispatch import normalise_add_activate
+from .reference import activate
 
 
 def _call(norm: _BatchNorm) -> tuple[bool, Norm]:
@@ -82,11 +83,16 @@ def _agree(norm: _BatchNorm, residual_norm: _BatchNorm) -> bool:
 
 
 def tail(
-    norm: _BatchNorm, input: Tensor, residual: Tensor | None = None, residual_norm: _BatchNorm | None = None
+    norm: _BatchNorm,
+    input: Tensor,
+    residual: Tensor | None = None,
+    residual_norm: _BatchNorm | None = None,
+    activation: str | Activation = RELU,
 ) -> Tensor:
-    """relu(norm(input) + s) with the bookkeeping of the modules: modes, running statistics, num_batches_tracked.
+    """activation(norm(input) + s) with the bookkeeping of the modules: modes, running statistics, num_batches_tracked.
 
-    s is nothing, ``residual``, or ``residual_norm(residual)``. Shapes, dtypes and errors are those of
+    s is nothing, ``residual``, or ``residual_norm(residual)``; ``activation`` one of ``resfused.ACTIVATIONS`` by name,
+    or with a parameter ``resfused.Activation("leaky_relu", 0.2)``. Shapes, dtypes and errors are those of
     ``resfused.functional``, with the modules' own rank check (ValueError); TypeError for a norm that is no BatchNorm,
     and for a missing ``residual`` of a ``residual_norm``. ``nn.SyncBatchNorm`` takes its statistics over its process
     group where its own forward would, on the CPU too.
@@ -94,7 +100,7 @@ def tail(
     Called as they are, unfused: modules with hooks; subclasses with a forward of their own, say timm's BatchNormAct2d;
     of two norms in different modes or over different processes the residual's; one norm given twice.
     """
-    return forked_tail(norm, input, residual, residual_norm, forked=False)[0]
+    return forked_tail(norm, input, residual, residual_norm, activation_of(activation), forked=False)[0]
 
 
 def forked_tail(
@@ -102,6 +108,7 @@ def forked_tail(
     input: Tensor,
     residual: Tensor | None = None,
     residual_norm: _BatchNorm | None = None,
+    activation: Activation = RELU,
     forked: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``tail`` for two uses of its output: see ``FusedResidualBlock`` for what ``forked`` asks of them."""
@@ -114,12 +121,12 @@ def forked_tail(
         y = norm(input)
         if residual is not None:
             y = y + (residual if residual_norm is None else residual_norm(residual))
-        y = F.relu(y)
+        y = activate(y, activation)
         return y, y
     if residual_norm is not None and not (_fuses(residual_norm) and _agree(norm, residual_norm)):
         _checked(norm, input, residual if _fuses(residual_norm) else None)
         residual, residual_norm = residual_norm(residual), None
-    return _fused(norm, input, residual, residual_norm, forked)
+    return _fused(norm, input, residual, residual_norm, activation, forked)
 
 
 def _check_batch_norm(name: str, norm: object) -> None:
@@ -136,6 +143,7 @@ def _fused(
     input: Tensor,
     residual: Tensor | None = None,
     residual_norm: _BatchNorm | None = None,
+    activation: Activation = RELU,
     forked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``forked_tail`` of norms that fuse."""
@@ -144,8 +152,8 @@ def _fused(
     for each in (norm, residual_norm):
         _count(each)
     if process_group is None:
-        return normalise_add_relu(input, residual, own, residual_own, training, forked)
-    return synchronised.normalise_add_relu(input, residual, own, residual_own, process_group, forked)
+        return normalise_add_activate(input, residual, own, residual_own, activation, training, forked)
+    return synchronised.normalise_add_activate(input, residual, own, residual_own, activation, process_group, forked)
 
 
 def _checked(
@@ -171,7 +179,7 @@ def _check_input(name: str, norm: _BatchNorm, input: Any) -> None:
 
 
 class _NoConversion:
-    """Refuses PyTorch's conversion, which would drop the ReLU, where it asks every norm for its ``qconfig``.
+    """Refuses PyTorch's conversion, which would drop the activation, where it asks every norm for its ``qconfig``.
 
     What the conversion has replaced before it came here stays replaced; this module is as it was.
     """
@@ -179,55 +187,108 @@ class _NoConversion:
     def __get__(self, module: nn.Module | None, owner: type) -> Any:
         if sys._getframe(1).f_code is nn.SyncBatchNorm.convert_sync_batchnorm.__code__:
             raise RuntimeError(
-                f"torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the ReLU of {owner.__name__}: "
+                f"torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the activation of {owner.__name__}: "
                 "use resfused.convert_sync_batchnorm"
             )
         raise AttributeError("qconfig")
 
 
-class _BatchNormReLU(_BatchNorm):
+class _BatchNormAct(_BatchNorm):
     qconfig = _NoConversion()
+    activation: Activation = RELU
 
     def forward(self, input: Tensor) -> Tensor:
-        return _fused(self, input)[0]
+        return _fused(self, input, activation=self.activation)[0]
 
 
-class _BatchNormAddReLU(_BatchNorm):
+class _BatchNormAddAct(_BatchNorm):
     qconfig = _NoConversion()
+    activation: Activation = RELU
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
         check_tensor("residual", residual)
-        return _fused(self, input, residual)[0]
+        return _fused(self, input, residual, activation=self.activation)[0]
 
 
-class BatchNormReLU1d(_BatchNormReLU, nn.BatchNorm1d):
+class _Chosen(nn.Module):
+    """Of a norm: its activation, given with the arguments of ``torch.nn.BatchNorm*``."""
+
+    activation: Activation
+
+    def __init__(
+        self,
+        *args: Any,
+        activation: str | Activation = RELU,
+        negative_slope: float = 0.01,
+        approximate: str = "none",
+        **kwargs: Any,
+    ):
+        chosen = activation_of(activation, negative_slope, approximate)
+        super().__init__(*args, **kwargs)
+        self.activation = chosen
+
+    def extra_repr(self) -> str:
+        name, slope = self.activation
+        return f"{super().extra_repr()}, activation={name}" + (f", negative_slope={slope}" if slope else "")
+
+
+class BatchNormReLU1d(_BatchNormAct, nn.BatchNorm1d):
     """relu(BatchNorm1d(input)), (N, C) or (N, C, L); arguments, state_dict and errors of ``torch.nn.BatchNorm1d``."""
 
 
-class BatchNormReLU2d(_BatchNormReLU, nn.BatchNorm2d):
+class BatchNormReLU2d(_BatchNormAct, nn.BatchNorm2d):
     """relu(BatchNorm2d(input)), (N, C, H, W); arguments, state_dict and errors of ``torch.nn.BatchNorm2d``."""
 
 
-class BatchNormReLU3d(_BatchNormReLU, nn.BatchNorm3d):
+class BatchNormReLU3d(_BatchNormAct, nn.BatchNorm3d):
     """relu(BatchNorm3d(input)), (N, C, D, H, W); arguments, state_dict and errors of ``torch.nn.BatchNorm3d``."""
 
 
-class BatchNormAddReLU1d(_BatchNormAddReLU, nn.BatchNorm1d):
+class BatchNormAddReLU1d(_BatchNormAddAct, nn.BatchNorm1d):
     """relu(BatchNorm1d(input) + residual), both (N, C) or (N, C, L); otherwise as ``torch.nn.BatchNorm1d``."""
 
 
-class BatchNormAddReLU2d(_BatchNormAddReLU, nn.BatchNorm2d):
+class BatchNormAddReLU2d(_BatchNormAddAct, nn.BatchNorm2d):
     """relu(BatchNorm2d(input) + residual), both (N, C, H, W); otherwise as ``torch.nn.BatchNorm2d``."""
 
 
-class BatchNormAddReLU3d(_BatchNormAddReLU, nn.BatchNorm3d):
+class BatchNormAddReLU3d(_BatchNormAddAct, nn.BatchNorm3d):
     """relu(BatchNorm3d(input) + residual), both (N, C, D, H, W); otherwise as ``torch.nn.BatchNorm3d``."""
 
 
-FUSED_NORMS = (_BatchNormReLU, _BatchNormAddReLU)
+class BatchNormAct1d(_Chosen, _BatchNormAct, nn.BatchNorm1d):
+    """activation(BatchNorm1d(input)), (N, C) or (N, C, L); arguments and errors of ``torch.nn.BatchNorm1d``, state too.
+
+    By keyword ``activation="relu"``, one of ``resfused.ACTIVATIONS`` by its name in ``torch.nn.functional``,
+    ``negative_slope=0.01`` for ``leaky_relu`` and ``approximate="none"`` for ``gelu``. Errors: TypeError for one of
+    another type, ValueError for an unknown one.
+    """
 
 
-class SyncBatchNormReLU(_BatchNormReLU, nn.SyncBatchNorm):
+class BatchNormAct2d(_Chosen, _BatchNormAct, nn.BatchNorm2d):
+    """activation(BatchNorm2d(input)), (N, C, H, W); otherwise as ``BatchNormAct1d`` and ``torch.nn.BatchNorm2d``."""
+
+
+class BatchNormAct3d(_Chosen, _BatchNormAct, nn.BatchNorm3d):
+    """activation(BatchNorm3d(input)), (N, C, D, H, W); otherwise as ``BatchNormAct1d`` and ``torch.nn.BatchNorm3d``."""
+
+
+class BatchNormAddAct1d(_Chosen, _BatchNormAddAct, nn.BatchNorm1d):
+    """activation(BatchNorm1d(input) + residual), both (N, C) or (N, C, L); otherwise as ``BatchNormAct1d``."""
+
+
+class BatchNormAddAct2d(_Chosen, _BatchNormAddAct, nn.BatchNorm2d):
+    """activation(BatchNorm2d(input) + residual), both (N, C, H, W); otherwise as ``BatchNormAct2d``."""
+
+
+class BatchNormAddAct3d(_Chosen, _BatchNormAddAct, nn.BatchNorm3d):
+    """activation(BatchNorm3d(input) + residual), both (N, C, D, H, W); otherwise as ``BatchNormAct3d``."""
+
+
+FUSED_NORMS = (_BatchNormAct, _BatchNormAddAct)
+
+
+class SyncBatchNormReLU(_BatchNormAct, nn.SyncBatchNorm):
     """relu(SyncBatchNorm(input)), (N, C, ...); arguments and state_dict of ``torch.nn.SyncBatchNorm``.
 
     Statistics are those of all processes of the group, the same in every one; batches may differ in size, or be empty.
@@ -237,29 +298,45 @@ class SyncBatchNormReLU(_BatchNormReLU, nn.SyncBatchNorm):
     """
 
 
-class SyncBatchNormAddReLU(_BatchNormAddReLU, nn.SyncBatchNorm):  # type: ignore[misc]
+class SyncBatchNormAddReLU(_BatchNormAddAct, nn.SyncBatchNorm):  # type: ignore[misc]
     """relu(SyncBatchNorm(input) + residual), both (N, C, ...); otherwise as ``SyncBatchNormReLU``."""
 
 
+class SyncBatchNormAct(_Chosen, _BatchNormAct, nn.SyncBatchNorm):
+    """activation(SyncBatchNorm(input)), (N, C, ...); otherwise as ``SyncBatchNormReLU`` and ``BatchNormAct1d``."""
+
+
+class SyncBatchNormAddAct(_Chosen, _BatchNormAddAct, nn.SyncBatchNorm):  # type: ignore[misc]
+    """activation(SyncBatchNorm(input) + residual), both (N, C, ...); otherwise as ``SyncBatchNormAct``."""
+
+
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
-    """``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` that keeps the ReLU of this package's norms.
+    """``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` that keeps the activation of this package's norms.
 
     Every ``BatchNormReLU*`` becomes a ``SyncBatchNormReLU``, every ``BatchNormAddReLU*`` a ``SyncBatchNormAddReLU``,
-    every other BatchNorm a ``torch.nn.SyncBatchNorm``, with the same parameters and buffers. ``module`` itself is
-    changed and returned, unless it is a norm: then the new one is returned.
+    ``BatchNormAct*`` and ``BatchNormAddAct*`` alike, every other BatchNorm a ``torch.nn.SyncBatchNorm``, with the same
+    parameters and buffers. ``module`` itself is changed and returned, unless it is a norm: then the new one is.
 
-    PyTorch's own conversion raises a RuntimeError when it comes to a norm with a ReLU; it leaves that module as it was,
-    and the norms that it has replaced before, replaced. Converting the model with this function afterwards is right.
+    PyTorch's own conversion raises a RuntimeError when it comes to a norm with an activation; it leaves that module as
+    it was, and the norms that it has replaced before, replaced. Converting the model with this function afterwards is
+    right.
     """
-    if isinstance(module, _BatchNormReLU):
-        return _convert(module, SyncBatchNormReLU, process_group)
-    if isinstance(module, _BatchNormAddReLU):
-        return _convert(module, SyncBatchNormAddReLU, process_group)
+    if isinstance(module, FUSED_NORMS):
+        added, chosen = isinstance(module, _BatchNormAddAct), isinstance(module, _Chosen)
+        return _convert(module, _SYNCHRONISED[added, chosen], process_group)
     if isinstance(module, _BatchNorm):
         return nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
     for name, child in module.named_children():
         module.add_module(name, convert_sync_batchnorm(child, process_group))
     return module
+
+
+_SYNCHRONISED: dict[tuple[bool, bool], type[nn.SyncBatchNorm]] = {
+    (False, False): SyncBatchNormReLU,
+    (True, False): SyncBatchNormAddReLU,
+    (False, True): SyncBatchNormAct,
+    (True, True): SyncBatchNormAddAct,
+}
 
 
 def _convert(module: _BatchNorm, kind: type[nn.SyncBatchNorm], process_group: Any) -> nn.SyncBatchNorm:
@@ -268,4 +345,6 @@ def _convert(module: _BatchNorm, kind: type[nn.SyncBatchNorm], process_group: An
     )
     for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "training"):
         setattr(converted, name, getattr(module, name))
+    if isinstance(module, _Chosen):
+        converted.activation = module.activation
     return converted

@@ -9,8 +9,52 @@ block with an identity shortcut starts as relu(x), and one with a projection as 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .kernels.activation import Activation, activation_of
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+}
+
+
+def activate(z: Tensor, activation: Activation) -> Tensor:
+    """The function of ``torch.nn.functional`` that the activation names."""
+    if activation.name == "leaky_relu":
+        return F.leaky_relu(z, activation.negative_slope)
+    return _FUNCTIONS[activation.name](z)
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str | Activation = "relu",
+    residual: Tensor | None = None,
+    negative_slope: float = 0.01,
+    approximate: str = "none",
+) -> Tensor:
+    """activation(batch_norm(input) + residual)"""
+    z = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return activate(z if residual is None else z + residual, activation_of(activation, negative_slope, approximate))
 
 
 def batch_norm_relu(
@@ -24,7 +68,7 @@ def batch_norm_relu(
     eps: float = 1e-5,
 ) -> Tensor:
     """relu(batch_norm(input))"""
-    return F.relu(F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))
+    return batch_norm_act(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def batch_norm_add_relu(
@@ -39,7 +83,36 @@ def batch_norm_add_relu(
     eps: float = 1e-5,
 ) -> Tensor:
     """relu(batch_norm(input) + residual)"""
-    return F.relu(F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) + residual)
+    return batch_norm_act(input, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual)
+
+
+def batch_norm_add_batch_norm_act(
+    input: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual_running_mean: Tensor | None,
+    residual_running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual_weight: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual_momentum: float = 0.1,
+    residual_eps: float = 1e-5,
+    activation: str | Activation = "relu",
+    negative_slope: float = 0.01,
+    approximate: str = "none",
+) -> Tensor:
+    """activation(batch_norm(input) + batch_norm(residual))"""
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    shortcut = F.batch_norm(
+        residual, residual_running_mean, residual_running_var, residual_weight, residual_bias,
+        training, residual_momentum, residual_eps,
+    )  # fmt: skip
+    return activate(y + shortcut, activation_of(activation, negative_slope, approximate))
 
 
 def batch_norm_add_batch_norm_relu(
@@ -60,12 +133,10 @@ def batch_norm_add_batch_norm_relu(
     residual_eps: float = 1e-5,
 ) -> Tensor:
     """relu(batch_norm(input) + batch_norm(residual))"""
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    shortcut = F.batch_norm(
-        residual, residual_running_mean, residual_running_var, residual_weight, residual_bias,
-        training, residual_momentum, residual_eps,
+    return batch_norm_add_batch_norm_act(
+        input, residual, running_mean, running_var, residual_running_mean, residual_running_var, weight, bias,
+        residual_weight, residual_bias, training, momentum, eps, residual_momentum, residual_eps,
     )  # fmt: skip
-    return F.relu(y + shortcut)
 
 
 class ResidualBlock(nn.Module):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from unittest import mock
 
 import torch
+from resfused.kernels.activation import IDENTITY, RELU, Activation
 from torch import Tensor
 
 import resfused
@@ -32,6 +32,7 @@ class Problem:
     training: bool = True
     numbers: dict[str, float] = field(default_factory=NUMBERS.copy)
     wanted: tuple[str, ...] = ("input", "residual", *PARAMETERS)
+    activation: Activation = RELU
 
     def with_(self, **tensors: Tensor | None) -> Problem:
         return replace(self, tensors={**self.tensors, **tensors})
@@ -104,6 +105,8 @@ def run(implementation: ModuleType, p: Problem, dtype: torch.dtype | None = None
 def call(implementation: ModuleType, p: Problem, t: dict[str, Tensor | None]) -> Tensor:
     get = t.get
     own = (get("weight"), get("bias"))
+    if p.activation != RELU:
+        return _call_with_activation(implementation, p, t)
     if p.form == "norm+relu":
         return implementation.batch_norm_relu(
             t["input"], get("running_mean"), get("running_var"), *own, p.training, **p.numbers
@@ -119,15 +122,29 @@ def call(implementation: ModuleType, p: Problem, t: dict[str, Tensor | None]) ->
     )  # fmt: skip
 
 
+def _call_with_activation(implementation: ModuleType, p: Problem, t: dict[str, Tensor | None]) -> Tensor:
+    get = t.get
+    own = (get("weight"), get("bias"))
+    if p.form != "norm+add(norm)+relu":
+        return implementation.batch_norm_act(
+            t["input"], get("running_mean"), get("running_var"), *own, p.training, **p.numbers,
+            activation=p.activation, residual=get("residual"),
+        )  # fmt: skip
+    numbers = {f"residual_{name}": value * 1.5 for name, value in p.numbers.items()}
+    return implementation.batch_norm_add_batch_norm_act(
+        t["input"], t["residual"], *map(get, STATISTICS), *own, get("residual_weight"), get("residual_bias"),
+        p.training, **p.numbers, **numbers, activation=p.activation,
+    )  # fmt: skip
+
+
 def kernels_in_force() -> str:
     """The backend that a test must run: the one it forces, or else Triton's kernels."""
     return "triton" if resfused.get_backend() == "auto" else resfused.get_backend()
 
 
 def pre_activation(p: Problem) -> Tensor:
-    """z, what the ReLU is taken of, in float64."""
-    with mock.patch.object(reference.F, "relu", lambda z: z):
-        return run(reference, p, torch.float64)["output"]
+    """z, what the activation is taken of, in float64."""
+    return run(reference, replace(p, activation=IDENTITY), torch.float64)["output"]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from resfused.kernels import geometry
+from resfused.kernels.activation import RELU
 from resfused.kernels.gpu import launch_table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +24,7 @@ from workloads.problems import LAYOUTS
 from count.recorder import Launch, record
 from resfused import reference
 from resfused.operator.arguments import Norm
-from resfused.operator.dispatch import normalise_add_relu
+from resfused.operator.dispatch import normalise_add_activate
 
 FORWARD, BACKWARD, FORKED, EVAL = PHASES = ("forward", "backward", "backward of a fork", "eval")
 SEPARATE, ONE_LAUNCH = WAYS = ("separate launches", "one launch")
@@ -153,10 +154,14 @@ def _forward_pair(form: str, training: bool, activations: list[Tensor]) -> tuple
     norm = Norm(weight, bias, running[0], running[1], 0.1, 1e-5)
     other = Norm(others[0], others[1], running[2], running[3], 0.1, 1e-5)
     if form == NORM_RELU:
-        return normalise_add_relu(x, None, norm, None, training, forked=True), [x, *parameters[:2]]
+        return normalise_add_activate(x, None, norm, None, RELU, training, forked=True), [x, *parameters[:2]]
     if form == NORM_ADD_RELU:
-        return normalise_add_relu(x, residual, norm, None, training, forked=True), [x, residual, *parameters[:2]]
-    return normalise_add_relu(x, residual, norm, other, training, forked=True), [x, residual, *parameters]
+        return normalise_add_activate(x, residual, norm, None, RELU, training, forked=True), [
+            x,
+            residual,
+            *parameters[:2],
+        ]
+    return normalise_add_activate(x, residual, norm, other, RELU, training, forked=True), [x, residual, *parameters]
 
 
 def _vectors(activations: list[Tensor], training: bool) -> tuple[list[Tensor], list[Tensor]]:

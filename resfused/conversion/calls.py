@@ -27,12 +27,12 @@ def tail_pair(
     changes; None where it has the promoted one.
     """
     if residual is None:
-        return forked_tail(norm, input, None, None, forked)
+        return forked_tail(norm, input, forked=forked)
     dtype = _dtype(input, residual, kept)
     if residual.shape != input.shape:
         y = F.relu(norm(input) + (residual if residual_norm is None else residual_norm(residual))).to(dtype)
         return y, y
-    y, twin = forked_tail(norm, input, residual, residual_norm, forked)
+    y, twin = forked_tail(norm, input, residual, residual_norm, forked=forked)
     return (y, twin) if y.dtype is dtype else (y.to(dtype), twin.to(dtype))
 
 

@@ -96,10 +96,12 @@ class _Watch:
         return self.kept[module] or "its shapes, dtypes or modes are not those of a fused operation"
 
     def tail(self, plain: Callable[..., Any]) -> Callable[..., Any]:
-        def called(norm: nn.Module, input: Tensor, residual: Any = None, residual_norm: Any = None, *rest: Any) -> Any:
+        def called(
+            norm: nn.Module, input: Tensor, residual: Any = None, residual_norm: Any = None, *rest: Any, **named: Any
+        ) -> Any:
             self.norms.append((norm, residual_norm))
             try:
-                return plain(norm, input, residual, residual_norm, *rest)
+                return plain(norm, input, residual, residual_norm, *rest, **named)
             finally:
                 self.norms.pop()
 
@@ -142,7 +144,9 @@ def _watched(model: nn.Module, training: bool, inputs: tuple[Any, ...], named: d
     with _restored(model), ExitStack() as stack:
         model.train(training)
         for place in (norms, functional, synchronised):
-            stack.enter_context(mock.patch.object(place, "normalise_add_relu", watch.node(place.normalise_add_relu)))
+            stack.enter_context(
+                mock.patch.object(place, "normalise_add_activate", watch.node(place.normalise_add_activate))
+            )
         stack.enter_context(mock.patch.object(calls, "forked_tail", watch.tail(calls.forked_tail)))
         for name, function in (("__call__", watch.forward), ("forward_forked", watch.forward_forked)):
             stack.enter_context(mock.patch.object(FusedForward, name, _as_method(function)))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..backend import require_kernels
+from ..kernels.activation import Activation
 from ..kernels.call import Gradients, Kept, Norm
 
 _NOWHERE: AbstractContextManager[None] = nullcontext()
@@ -38,7 +39,13 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, masked: bool
+    x: Tensor,
+    residual: Tensor | None,
+    norm: Norm,
+    residual_norm: Norm | None,
+    activation: Activation,
+    training: bool,
+    masked: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The kernels' ``forward`` for vectors that need not be dense, with running statistics that may be shared."""
     kernels = require_kernels(x)
@@ -46,7 +53,7 @@ def forward(
         with on_device_of(x):
             return kernels.forward(x, residual, prepared(norm), prepared(residual_norm), False, masked)
     if residual_norm is not None and _share_statistics(norm, residual_norm):
-        return _forward_in_turn(x, residual, norm, residual_norm, masked)
+        return _forward_in_turn(x, residual, norm, residual_norm, activation, masked)
     used, residual_used = prepared(norm), prepared(residual_norm)
     with on_device_of(x):
         results = kernels.forward(x, residual, used, residual_used, True, masked)
@@ -61,8 +68,8 @@ def backward(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients) 
     norm, residual_norm = prepared(kept.norm), prepared(kept.residual_norm)
     if norm is not kept.norm or residual_norm is not kept.residual_norm:
         kept = kept._replace(norm=norm, residual_norm=residual_norm)
-    with on_device_of(kept.x):
-        return require_kernels(kept.x).backward(dy, dy_fork, kept, wanted)
+    with on_device_of(dy):
+        return require_kernels(dy).backward(dy, dy_fork, kept, wanted)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
@@ -121,14 +128,14 @@ def _extent(vector: Tensor) -> int:
 
 
 def _forward_in_turn(
-    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm, masked: bool
+    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm, activation: Activation, masked: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of two norms that share running statistics, which one launch for both would update in a race.
 
     It takes the batch's alone, with a momentum of one; the updates follow, one after the other as in eager.
     """
     own, other = _of_the_batch(norm), _of_the_batch(residual_norm)
-    results = forward(x, residual, own, other, True, masked)
+    results = forward(x, residual, own, other, activation, True, masked)
     for given, batch in ((norm, own), (residual_norm, other)):
         for running, new in ((given.running_mean, batch.running_mean), (given.running_var, batch.running_var)):
             if running is not None and new is not None:

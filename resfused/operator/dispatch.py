@@ -8,30 +8,37 @@ from torch.autograd import forward_ad
 
 from .. import reference
 from ..backend import backend_for
+from ..kernels.activation import RELU, Activation
 from ..kernels.call import Norm
 from . import direct, traced
 from .function import FusedResidualBlock
 from .packed import arguments
 
 
-def normalise_add_relu(
-    input: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, forked: bool = False
+def normalise_add_activate(
+    input: Tensor,
+    residual: Tensor | None,
+    norm: Norm,
+    residual_norm: Norm | None,
+    activation: Activation,
+    training: bool,
+    forked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """relu(norm(input) + s), s being nothing, ``residual`` or ``residual_norm(residual)``, for two uses.
+    """activation(norm(input) + s), s being nothing, ``residual`` or ``residual_norm(residual)``, for two uses.
 
     With ``forked`` the two are tensors of their own where the kernels run (see ``FusedResidualBlock``), else one and
     the same. The arguments have passed ``check_call``.
     """
-    if _is_transformed() or backend_for(input) == "torch":
-        y = _plain(input, residual, norm, residual_norm, training)
+    if _is_transformed() or activation != RELU or backend_for(input) == "torch":
+        y = _plain(input, residual, norm, residual_norm, activation, training)
         return y, y
     weight, bias, residual_weight, residual_bias, running, numbers = arguments(norm, residual_norm)
     differentiable = (input, residual, weight, bias, residual_weight, residual_bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        y = FusedResidualBlock.apply(*differentiable, running, numbers, training, forked)
+        y = FusedResidualBlock.apply(*differentiable, running, numbers, training, activation, forked)
         return y if forked else (y, y)
     run = direct if direct.is_plain(*differentiable, *running) else traced
-    y = run.forward(input, residual, norm, residual_norm, training, False)[0]
+    y = run.forward(input, residual, norm, residual_norm, activation, training, False)[0]
     return y, y
 
 
@@ -40,15 +47,19 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _plain(input: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool) -> Tensor:
+def _plain(
+    input: Tensor,
+    residual: Tensor | None,
+    norm: Norm,
+    residual_norm: Norm | None,
+    activation: Activation,
+    training: bool,
+) -> Tensor:
     weight, bias, mean, var, momentum, eps = norm
-    own = (weight, bias, training, momentum, eps)
-    if residual is None:
-        return reference.batch_norm_relu(input, mean, var, *own)
-    if residual_norm is None:
-        return reference.batch_norm_add_relu(input, residual, mean, var, *own)
-    weight, bias, residual_mean, residual_var, momentum, eps = residual_norm
-    return reference.batch_norm_add_batch_norm_relu(
-        input, residual, mean, var, residual_mean, residual_var, norm.weight, norm.bias, weight, bias,
-        training, norm.momentum, norm.eps, momentum, eps,
+    if residual is None or residual_norm is None:
+        return reference.batch_norm_act(input, mean, var, weight, bias, training, momentum, eps, activation, residual)
+    residual_weight, residual_bias, residual_mean, residual_var, residual_momentum, residual_eps = residual_norm
+    return reference.batch_norm_add_batch_norm_act(
+        input, residual, mean, var, residual_mean, residual_var, weight, bias, residual_weight, residual_bias,
+        training, momentum, eps, residual_momentum, residual_eps, activation,
     )  # fmt: skip

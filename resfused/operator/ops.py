@@ -20,20 +20,26 @@ _NORM = (
     "Tensor? {0}weight, Tensor? {0}bias, Tensor{1}? {0}running_mean, Tensor{2}? {0}running_var, "
     "float {0}momentum, float {0}eps"
 )
-_FROZEN = f"{_NORM.format('', '', '')}, bool norm_residual, {_NORM.format('residual_', '', '')}"
-_TRAINED = f"{_NORM.format('', '(a!)', '(b!)')}, bool norm_residual, {_NORM.format('residual_', '(c!)', '(d!)')}"
-_AFFINE = "Tensor? weight, Tensor? bias, bool norm_residual, Tensor? residual_weight, Tensor? residual_bias"
+_ACTIVATION = "str activation, float negative_slope"
+_FROZEN = f"{_NORM.format('', '', '')}, bool norm_residual, {_NORM.format('residual_', '', '')}, {_ACTIVATION}"
+_TRAINED = (
+    f"{_NORM.format('', '(a!)', '(b!)')}, bool norm_residual, {_NORM.format('residual_', '(c!)', '(d!)')}, "
+    f"{_ACTIVATION}"
+)
+_AFFINE = (
+    f"Tensor? weight, Tensor? bias, bool norm_residual, Tensor? residual_weight, Tensor? residual_bias, {_ACTIVATION}"
+)
 _SCHEMAS = (
     f"forward_training(Tensor x, Tensor? residual, {_TRAINED}, bool masked) -> (Tensor y, Tensor mask, Tensor stats)",
     f"forward_frozen(Tensor x, Tensor? residual, {_FROZEN}, bool masked) -> (Tensor y, Tensor mask)",
-    "backward(Tensor dy, Tensor? dy_fork, Tensor x, Tensor? residual, ScalarType? residual_dtype, Tensor? mask, "
-    f"Tensor? stats, {_FROZEN}, bool[6] wanted) -> Tensor[]",
+    "backward(Tensor dy, Tensor? dy_fork, Tensor? x, ScalarType? x_dtype, Tensor? residual, "
+    f"ScalarType? residual_dtype, Tensor? mask, Tensor? stats, {_FROZEN}, bool[6] wanted) -> Tensor[]",
     # The phases of a training node on their own, for statistics over several processes.
     "local_statistics(Tensor x, Tensor? residual, bool norm_residual) -> Tensor",
-    f"normalise(Tensor x, Tensor? residual, Tensor stats, {_AFFINE}) -> (Tensor y, Tensor mask)",
-    "local_sums(Tensor dy, Tensor? dy_fork, Tensor x, Tensor? residual, ScalarType? residual_dtype, Tensor mask, "
+    f"normalise(Tensor x, Tensor? residual, Tensor stats, {_AFFINE}, bool masked) -> (Tensor y, Tensor mask)",
+    "local_sums(Tensor dy, Tensor? dy_fork, Tensor? x, Tensor? residual, ScalarType? residual_dtype, Tensor mask, "
     f"Tensor stats, {_AFFINE}, bool[5] wanted) -> Tensor[]",
-    "input_gradients(Tensor dy, Tensor? dy_fork, Tensor? dz, Tensor x, Tensor? residual, Tensor mask, Tensor stats, "
+    "input_gradients(Tensor dy, Tensor? dy_fork, Tensor? dz, Tensor? x, Tensor? residual, Tensor mask, Tensor stats, "
     f"Tensor means, {_AFFINE}, bool[2] wanted) -> Tensor[]",
 )
 
@@ -57,7 +63,7 @@ def _forward_frozen(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Ten
 
 def _backward(dy: Tensor, dy_fork: Tensor | None, *rest: Any) -> list[Tensor]:
     *saved, wanted = rest
-    kept = Kept(saved[0], None, *saved[1:5], *unflatten(saved[5:]))
+    kept = Kept(*saved[:6], *unflatten(saved[6:]))
     return [g for g in direct.backward(dy, dy_fork, kept, Gradients(*wanted)) if g is not None]
 
 
@@ -66,28 +72,28 @@ def _local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) -
         return require_kernels(x).local_statistics(x, residual, norm_residual)
 
 
-def _is_masked(residual: Tensor | None, *affine: Any) -> bool:
-    """Only a residual that is not saved for the backward hides the sign from it; else x and s give it again."""
-    return residual is not None and not Affine(*affine).norm_residual
-
-
-def _normalise(x: Tensor, residual: Tensor | None, stats: Tensor, *affine: Any) -> tuple[Tensor, Tensor]:
-    norms = map(direct.prepared, Affine(*affine).norms())
+def _normalise(x: Tensor, residual: Tensor | None, stats: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *values, masked = rest
+    affine = Affine(*values)
+    norms = map(direct.prepared, affine.norms())
     with direct.on_device_of(x):
-        y, mask = require_kernels(x).normalise(x, residual, stats, *norms, _is_masked(residual, *affine))
+        y, mask = require_kernels(x).normalise(x, residual, stats, *norms, masked)
     return y, _or_empty(mask, x)
 
 
-def _kept_with(affine: Any, x: Tensor, residual: Tensor | None, dtype: Any, mask: Tensor, stats: Tensor) -> Kept:
+def _kept_with(
+    affine: Affine, x: Tensor | None, residual: Tensor | None, dtype: Any, mask: Tensor, stats: Tensor
+) -> Kept:
     mask_or_none = mask if mask.numel() else None
-    return Kept(x, None, residual, dtype, mask_or_none, stats, *map(direct.prepared, Affine(*affine).norms()))
+    norms = map(direct.prepared, affine.norms())
+    return Kept(x, None, residual, dtype, mask_or_none, stats, *norms, affine.follows)
 
 
 def _local_sums(dy: Tensor, dy_fork: Tensor | None, *rest: Any) -> list[Tensor]:
     *saved, wanted = rest
-    kept = _kept_with(saved[5:], *saved[:5])
+    kept = _kept_with(Affine(*saved[5:]), *saved[:5])
     with direct.on_device_of(dy):
-        sums, gradients = require_kernels(kept.x).local_sums(dy, dy_fork, kept, Gradients(False, *wanted))
+        sums, gradients = require_kernels(dy).local_sums(dy, dy_fork, kept, Gradients(False, *wanted))
     return [sums, *(g for g in gradients if g is not None)]
 
 
@@ -95,7 +101,7 @@ def _input_gradients(
     dy: Tensor,
     dy_fork: Tensor | None,
     dz: Tensor | None,
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor | None,
     mask: Tensor,
     stats: Tensor,
@@ -103,9 +109,9 @@ def _input_gradients(
     *rest: Any,
 ) -> list[Tensor]:
     *affine, wanted = rest
-    kept = _kept_with(affine, x, residual, None, mask, stats)
-    with direct.on_device_of(x):
-        gradients = require_kernels(x).input_gradients(dy, dy_fork, dz, kept, means, wanted)
+    kept = _kept_with(Affine(*affine), x, residual, None, mask, stats)
+    with direct.on_device_of(dy):
+        gradients = require_kernels(dy).input_gradients(dy, dy_fork, dz, kept, means, wanted)
     return [g for g in gradients if g is not None]
 
 
@@ -130,7 +136,8 @@ def _fake_forward_training(x: Tensor, residual: Tensor | None, *rest: Any) -> tu
 def _fake_backward(
     dy: Tensor,
     dy_fork: Tensor | None,
-    x: Tensor,
+    x: Tensor | None,
+    x_dtype: torch.dtype | None,
     residual: Tensor | None,
     residual_dtype: torch.dtype | None,
     mask: Tensor | None,
@@ -138,15 +145,15 @@ def _fake_backward(
     *rest: Any,
 ) -> list[Tensor]:
     *values, wanted = rest
-    dense = require_kernels(x).dense(x)
+    dense = require_kernels(dy).dense(dy if x is None else x)
+    dx = [torch.empty_like(dense, dtype=x_dtype if x is None else x.dtype)] if wanted[0] else []
     dtype = residual_dtype if residual is None else residual.dtype
-    dx = [torch.empty_like(dense)] if wanted[0] else []
     dresidual = [torch.empty_like(dense, dtype=dtype)] if wanted[1] else []
-    return [*dx, *dresidual, *_fake_parameter_gradients(unflatten(values), wanted)]
+    return [*dx, *dresidual, *_fake_parameter_gradients(*unflatten(values)[:2], wanted)]
 
 
-def _fake_parameter_gradients(norms: tuple[Norm, Norm | None], wanted: Sequence[bool]) -> list[Tensor]:
-    return [p for p in parameter_gradients(*norms, Gradients(*wanted)) if p is not None]
+def _fake_parameter_gradients(norm: Norm, residual_norm: Norm | None, wanted: Sequence[bool]) -> list[Tensor]:
+    return [p for p in parameter_gradients(norm, residual_norm, Gradients(*wanted)) if p is not None]
 
 
 def _fake_local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) -> Tensor:
@@ -154,14 +161,14 @@ def _fake_local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bo
     return x.new_empty((4 if norm_residual else 2, x.shape[1]), dtype=accumulator)
 
 
-def _fake_normalise(x: Tensor, residual: Tensor | None, stats: Tensor, *affine: Any) -> tuple[Tensor, Tensor]:
-    return _fake_outputs(x, residual, _is_masked(residual, *affine))
+def _fake_normalise(x: Tensor, residual: Tensor | None, stats: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _fake_outputs(x, residual, rest[-1])
 
 
 def _fake_local_sums(
     dy: Tensor,
     dy_fork: Tensor | None,
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor | None,
     residual_dtype: torch.dtype | None,
     mask: Tensor,
@@ -170,17 +177,18 @@ def _fake_local_sums(
 ) -> list[Tensor]:
     *values, wanted = rest
     affine = Affine(*values)
-    kernels = require_kernels(x)
+    kernels = require_kernels(dy)
     rows = 3 if affine.norm_residual else 2
-    sums = x.new_empty((rows, x.shape[1]), dtype=kernels.accumulator(x, residual, dy))
-    dz = [torch.empty_like(kernels.dense(x), dtype=residual_dtype)] if wanted[0] and not affine.norm_residual else []
-    return [sums, *dz, *_fake_parameter_gradients(affine.norms(), (False, *wanted))]
+    sums = dy.new_empty((rows, dy.shape[1]), dtype=kernels.accumulator(x, residual, dy))
+    dense = kernels.dense(dy if x is None else x)
+    dz = [torch.empty_like(dense, dtype=residual_dtype)] if wanted[0] and not affine.norm_residual else []
+    return [sums, *dz, *_fake_parameter_gradients(*affine.norms(), (False, *wanted))]
 
 
 def _fake_input_gradients(
-    dy: Tensor, dy_fork: Tensor | None, dz: Tensor | None, x: Tensor, residual: Tensor | None, *rest: Any
+    dy: Tensor, dy_fork: Tensor | None, dz: Tensor | None, x: Tensor | None, residual: Tensor | None, *rest: Any
 ) -> list[Tensor]:
-    dense = require_kernels(x).dense(x)
+    dense = require_kernels(dy).dense(dy if x is None else x)
     return [
         torch.empty_like(dense, dtype=t.dtype)
         for t, want in zip((x, residual), rest[-1], strict=True)

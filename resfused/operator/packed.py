@@ -1,4 +1,4 @@
-"""Both norms of a call as the flat lists that operators and autograd Functions take, and back."""
+"""Both norms of a call and its activation as the flat lists that operators and autograd Functions take, and back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..kernels.activation import Activation
 from ..kernels.call import Gradients, Norm
 
 # (running_mean, running_var) of the one norm and of the other.
@@ -26,13 +27,19 @@ class Numbers(NamedTuple):
 
 
 class Affine(NamedTuple):
-    """What the phases of synchronised statistics take of both norms."""
+    """What the phases of synchronised statistics take of both norms and of what follows them."""
 
     weight: Tensor | None
     bias: Tensor | None
     norm_residual: bool
     residual_weight: Tensor | None
     residual_bias: Tensor | None
+    activation: str
+    negative_slope: float
+
+    @property
+    def follows(self) -> Activation:
+        return Activation(self.activation, self.negative_slope)
 
     def norms(self) -> tuple[Norm, Norm | None]:
         second = Norm(self.residual_weight, self.residual_bias, None, None, 0.0, 0.0) if self.norm_residual else None
@@ -63,13 +70,13 @@ def norms_of(parameters: Sequence[Tensor | None], running: Running, numbers: Num
     )  # fmt: skip
 
 
-def flatten(norm: Norm, residual_norm: Norm | None) -> tuple[Any, ...]:
-    """Both as the operators take them."""
-    return *norm, residual_norm is not None, *(residual_norm or NO_NORM)
+def flatten(norm: Norm, residual_norm: Norm | None, activation: Activation) -> tuple[Any, ...]:
+    """All three as the operators take them."""
+    return *norm, residual_norm is not None, *(residual_norm or NO_NORM), *activation
 
 
-def unflatten(values: Sequence[Any]) -> tuple[Norm, Norm | None]:
-    return Norm(*values[:6]), Norm(*values[7:]) if values[6] else None
+def unflatten(values: Sequence[Any]) -> tuple[Norm, Norm | None, Activation]:
+    return Norm(*values[:6]), Norm(*values[7:13]) if values[6] else None, Activation(*values[13:])
 
 
 def where_wanted(gradients: Sequence[Tensor], wanted: Sequence[Any]) -> list[Any]:

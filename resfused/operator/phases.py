@@ -5,10 +5,16 @@ The dtype of the arithmetic is that of the kernels. An empty batch has statistic
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..kernels.activation import IDENTITY
+from ..reference import activate
+from .packed import Affine
 
 
 def local_statistics(x: Tensor, residual: Any, norm_residual: bool) -> Tensor:
@@ -22,37 +28,55 @@ def local_statistics(x: Tensor, residual: Any, norm_residual: bool) -> Tensor:
     return torch.stack(rows)
 
 
-def normalise(x: Tensor, residual: Any, stats: Tensor, *affine: Any) -> tuple[Tensor, Tensor]:
-    """(relu(norm(x) + s), where it let something through), with given (mean, rstd[, mean, rstd])."""
-    weight, bias, norm_residual, residual_weight, residual_bias = affine
-    z = _affine(_normalised(x, stats[:2]), weight, bias)
-    if norm_residual:
-        z = z + _affine(_normalised(residual, stats[2:]), residual_weight, residual_bias)
-    elif residual is not None:
-        z = z + residual
-    # NaN is not <= 0: it stays, as in torch.relu.
-    on = ~(z <= 0)
-    return torch.where(on, z, 0).to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)), on
+def normalise(x: Tensor, residual: Any, stats: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """(activation(norm(x) + s), where the derivative has its first value), with given (mean, rstd[, mean, rstd])."""
+    *values, masked = rest
+    affine = Affine(*values)
+    z = _sum_of(x, residual, stats, affine)
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    mask = _bits(z, affine.activation) if masked else z.new_empty(0, dtype=torch.bool)
+    return activate(z, affine.follows).to(dtype), mask
+
+
+def _sum_of(x: Tensor, residual: Any, stats: Tensor, affine: Affine) -> Tensor:
+    """norm(x) + s"""
+    z = _affine(_normalised(x, stats[:2]), affine.weight, affine.bias)
+    if affine.norm_residual:
+        return z + _affine(_normalised(residual, stats[2:]), affine.residual_weight, affine.residual_bias)
+    return z if residual is None else z + residual
+
+
+def _bits(z: Tensor, activation: str) -> Tensor:
+    # NaN is not <= 0: a ReLU passes it, and its gradient.
+    if activation == "relu":
+        return ~(z <= 0)
+    if activation == "relu6":
+        return ~((z <= 0) | (z >= 6))
+    return z > 0 if activation == "leaky_relu" else (z > -3) & (z < 3)
 
 
 def local_sums(
     dy: Tensor,
     dy_fork: Tensor | None,
-    x: Tensor,
+    x: Any,
     residual: Any,
     residual_dtype: torch.dtype | None,
     mask: Tensor,
     stats: Tensor,
     *rest: Any,
 ) -> list[Tensor]:
-    """Every channel's sums of dz, dz·x̂ and, where the residual is normed, dz·ŝ; the wanted gradients that are local."""
-    weight, bias, norm_residual, residual_weight, residual_bias, wanted = rest
-    dz = _masked(dy, dy_fork, mask, stats)
-    rows = [_sum(dz), _sum(dz * _normalised(x, stats[:2]))]
-    if norm_residual:
-        rows.append(_sum(dz * _normalised(residual, stats[2:])))
-    local = [dz.to(residual_dtype)] if wanted[0] and not norm_residual else []
-    parameters = (weight, 1), (bias, 0), (residual_weight, 2), (residual_bias, 0)
+    """Every channel's sums of dz, dz·x̂ and, where the residual is normed, dz·ŝ; the wanted gradients that are local.
+
+    A sum with a tensor that was not kept is zero.
+    """
+    *values, wanted = rest
+    affine = Affine(*values)
+    dz = _dz(dy, dy_fork, x, residual, mask, stats, affine)
+    rows = [_sum(dz), _sum_with(dz, x, stats[:2])]
+    if affine.norm_residual:
+        rows.append(_sum_with(dz, residual, stats[2:]))
+    local = [dz.to(residual_dtype)] if wanted[0] and not affine.norm_residual else []
+    parameters: Any = (affine.weight, 1), (affine.bias, 0), (affine.residual_weight, 2), (affine.residual_bias, 0)
     return [
         torch.stack(rows),
         *local,
@@ -68,7 +92,7 @@ def input_gradients(
     dy: Tensor,
     dy_fork: Tensor | None,
     dz: Tensor | None,
-    x: Tensor,
+    x: Any,
     residual: Any,
     mask: Tensor,
     stats: Tensor,
@@ -76,15 +100,16 @@ def input_gradients(
     *rest: Any,
 ) -> list[Tensor]:
     """weight·rstd·(dz - mean of dz - x̂·mean of dz·x̂), and the same of a normed residual, where wanted."""
-    weight, _, _, residual_weight, _, wanted = rest
-    centred = _masked(dy, dy_fork, mask, stats) - _by_channel(means[0], x)
+    *values, wanted = rest
+    affine = Affine(*values)
+    centred = _dz(dy, dy_fork, x, residual, mask, stats, affine) - _by_channel(means[0], dy)
 
     def gradient(t: Tensor, own: Tensor, weight: Tensor | None, mean: Tensor) -> Tensor:
         rest = centred - _normalised(t, own) * _by_channel(mean, t)
         return _affine(rest * _by_channel(own[1], t), weight, None).to(t.dtype)
 
-    found = [gradient(x, stats[:2], weight, means[1])] if wanted[0] else []
-    return [*found, gradient(residual, stats[2:], residual_weight, means[2])] if wanted[1] else found
+    found = [gradient(x, stats[:2], affine.weight, means[1])] if wanted[0] else []
+    return [*found, gradient(residual, stats[2:], affine.residual_weight, means[2])] if wanted[1] else found
 
 
 def _by_channel(vector: Tensor, like: Tensor) -> Tensor:
@@ -107,7 +132,30 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + _by_channel(bias, x)
 
 
-def _masked(dy: Tensor, dy_fork: Tensor | None, mask: Tensor, stats: Tensor) -> Tensor:
-    """dz: a select, as 0·inf would be NaN."""
+def _sum_with(dz: Tensor, x: Any, stats: Tensor) -> Tensor:
+    return torch.zeros_like(stats[0]) if x is None else _sum(dz * _normalised(x, stats))
+
+
+def _dz(
+    dy: Tensor, dy_fork: Tensor | None, x: Any, residual: Any, mask: Tensor, stats: Tensor, affine: Affine
+) -> Tensor:
+    """The gradient of what the activation was taken of: by the mask a select, as 0·inf would be NaN."""
     dy = dy.to(stats.dtype)
-    return torch.where(mask, dy if dy_fork is None else dy + dy_fork, 0)
+    dy = dy if dy_fork is None else dy + dy_fork
+    if affine.follows == IDENTITY:
+        return dy
+    slopes = affine.follows.slopes
+    if slopes is None:
+        return _SMOOTH[affine.activation](dy, _sum_of(x, residual, stats, affine))
+    # An empty batch has an empty mask.
+    bits = mask if mask.numel() or not dy.numel() else _bits(_sum_of(x, residual, stats, affine), affine.activation)
+    return torch.where(bits.view(dy.shape), dy * slopes[0], dy * slopes[1] if slopes[1] else 0)
+
+
+_SMOOTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": torch.ops.aten.silu_backward,
+    "hardswish": torch.ops.aten.hardswish_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "sigmoid": lambda dy, z: torch.ops.aten.sigmoid_backward(dy, torch.sigmoid(z)),
+}

@@ -9,34 +9,40 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backend import backend_for
-from ..kernels.call import Norm
+from ..kernels.activation import RELU, Activation
+from ..kernels.call import Norm, ToKeep, to_keep
+from ..kernels.geometry import with_strides
 from . import ops, phases
+from .function import passes_on
 from .packed import Affine, Numbers, arguments, norms_of, wanted_of, where_wanted
 
 # The newer name of the same collective; the older one is deprecated where there are both.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
-def normalise_add_relu(
+def normalise_add_activate(
     input: Tensor,
     residual: Tensor | None,
     norm: Norm,
     residual_norm: Norm | None,
+    activation: Activation,
     process_group: Any,
     forked: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``dispatch.normalise_add_relu`` in training, with the statistics of all batches of the group's processes.
+    """``dispatch.normalise_add_activate`` in training, with the statistics of all batches of the group's processes.
 
     Every process of the group makes the same calls in the same order; any of them may have an empty batch.
     """
-    y = SynchronisedResidualBlock.apply(input, residual, *arguments(norm, residual_norm), forked, process_group)
+    y = SynchronisedResidualBlock.apply(
+        input, residual, *arguments(norm, residual_norm), activation, forked, process_group
+    )
     return y if forked else (y, y)
 
 
 class SynchronisedResidualBlock(torch.autograd.Function):
     """``FusedResidualBlock`` in training, with statistics over the batches of a process group.
 
-    ``apply`` takes the arguments of that one up to ``numbers``, then ``forked`` and ``process_group``.
+    ``apply`` takes the arguments of that one up to ``numbers``, then ``activation``, ``forked`` and ``process_group``.
 
     One collective in the forward, which gathers every process's count, means and M2 of both norms, and one in the
     backward, which adds up their sums, where ``input`` or a normed ``residual`` needs a gradient. The gradients of the
@@ -51,10 +57,18 @@ class SynchronisedResidualBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, residual: Tensor | None, *rest: Any) -> Tensor | tuple[Tensor, Tensor]:
-        weight, bias, *residual_affine, running, values, forked, process_group = rest
+        weight, bias, *residual_affine, running, values, follows, forked, process_group = rest
         numbers = Numbers(*values)
-        affine = Affine(weight, bias, numbers.norm_residual, *residual_affine)
-        ctx.backend = backend_for(input)
+        affine = Affine(weight, bias, numbers.norm_residual, *residual_affine, *follows)
+        keep = to_keep(
+            residual is not None, numbers.norm_residual, True, affine.follows, wanted_of(ctx.needs_input_grad)
+        )
+        keep = (
+            ToKeep(True, numbers.norm_residual, residual is not None and not numbers.norm_residual)
+            if affine.follows == RELU
+            else keep
+        )
+        ctx.backend = backend_for(input) if affine.follows == RELU else "torch"
         phase = _phases(ctx.backend)
         count = input.numel() // input.shape[1]
         local = phase.local_statistics(input, residual, numbers.norm_residual)
@@ -69,13 +83,15 @@ class SynchronisedResidualBlock(torch.autograd.Function):
         for i, n in enumerate(every):
             _update(n.running_mean, means[i], n.momentum)
             _update(n.running_var, m2s[i] / (total - 1), n.momentum)
-        y, mask = phase.normalise(input, residual, stats, *affine)
+        y, mask = phase.normalise(input, residual, stats, *affine, keep.mask)
         ctx.process_group = process_group
-        ctx.norm_residual = numbers.norm_residual
+        ctx.norm_residual, ctx.follows = numbers.norm_residual, follows
         ctx.residual_dtype = None if residual is None else residual.dtype
-        ctx.dtype = y.dtype
-        kept = residual if numbers.norm_residual else None
-        ctx.save_for_backward(input, kept, mask, stats, total, weight, bias, *residual_affine)
+        ctx.output = y.shape, y.stride(), y.dtype
+        ctx.save_for_backward(
+            input if keep.x else None, residual if keep.residual else None, mask, stats, total, weight, bias,
+            *residual_affine,
+        )  # fmt: skip
         ctx.set_materialize_grads(False)
         return (y, y.detach()) if forked else y
 
@@ -84,16 +100,21 @@ class SynchronisedResidualBlock(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("second derivatives of synchronised statistics are not supported")
         input, residual, mask, stats, total, weight, bias, *residual_affine = ctx.saved_tensors
-        affine = Affine(weight, bias, ctx.norm_residual, *residual_affine)
+        affine = Affine(weight, bias, ctx.norm_residual, *residual_affine, *ctx.follows)
+        shape, strides, dtype = ctx.output
         if dy is None:
             dy, dy_fork = dy_fork, None
         if dy is None:
             # The other processes wait for this one's sums, be they zero.
-            dy = torch.zeros_like(input, dtype=ctx.dtype)
+            dy = stats.new_zeros((), dtype=dtype).expand(shape)
+        if input is None:
+            dy = with_strides(dy, strides)
+            dy_fork = None if dy_fork is None else with_strides(dy_fork, strides)
         phase = _phases(ctx.backend)
         needs = wanted_of(ctx.needs_input_grad)
         # The parameters' gradients, and that of a residual without a norm, are the process's own.
-        local = [needs.residual and not ctx.norm_residual, *needs[2:]]
+        passed_on = needs.residual and passes_on(affine.follows, ctx.norm_residual, dy_fork)
+        local = [needs.residual and not (ctx.norm_residual or passed_on), *needs[2:]]
         sums, *gradients = phase.local_sums(
             dy, dy_fork, input, residual, ctx.residual_dtype, mask, stats, *affine, local
         )
@@ -106,7 +127,9 @@ class SynchronisedResidualBlock(torch.autograd.Function):
                 dy, dy_fork, dz, input, residual, mask, stats, sums / total, *affine, waiting
             )
             dx, dresidual = where_wanted(gradients, waiting)
-        return dx, dresidual if dz is None else dz, *parameters, None, None, None, None
+        if passed_on:
+            dz = dy.to(ctx.residual_dtype)
+        return dx, dresidual if dz is None else dz, *parameters, None, None, None, None, None
 
 
 def _phases(backend: str) -> Any:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..kernels.activation import Activation
 from ..kernels.call import Gradients, Kept, Norm
 from . import ops
 from .packed import flatten, where_wanted
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, masked: bool
+    x: Tensor,
+    residual: Tensor | None,
+    norm: Norm,
+    residual_norm: Norm | None,
+    activation: Activation,
+    training: bool,
+    masked: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``direct.forward`` by way of the dispatcher."""
-    values = *flatten(norm, residual_norm), masked
+    values = *flatten(norm, residual_norm, activation), masked
     if training:
         y, mask, stats = ops.forward_training(x, residual, *values)
     else:
@@ -24,6 +31,6 @@ def forward(
 
 def backward(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients) -> Gradients:
     """``direct.backward`` by way of the dispatcher."""
-    x, _, *saved, norm, residual_norm, _ = kept
-    found = ops.backward(dy, dy_fork, x, *saved, *flatten(norm, residual_norm), wanted)
+    *saved, norm, residual_norm, activation = kept
+    found = ops.backward(dy, dy_fork, *saved, *flatten(norm, residual_norm, activation), wanted)
     return Gradients(*where_wanted(found, wanted))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracle import FORMS, LAYOUTS, PARAMETERS, assert_close, pre_activation, problem, relative_error, run
 from resfused.kernels import cpu
+from resfused.kernels.activation import RELU
 from resfused.kernels.cpu import functions
 
 import resfused
@@ -185,7 +186,7 @@ def test_phases_alone(form, layout, dtype):
         tolerance = 1e-12 if dtype is torch.float64 else 5e-6
         x, residual, t = p.tensors["input"], p.tensors.get("residual"), p.tensors
         two = form == FORMS[2]
-        affine = (t["weight"], t["bias"], two, t.get("residual_weight"), t.get("residual_bias"))
+        affine = (t["weight"], t["bias"], two, t.get("residual_weight"), t.get("residual_bias"), *RELU)
         wide = [v.double() if isinstance(v, torch.Tensor) else v for v in affine]
 
         def double(v):
@@ -201,10 +202,10 @@ def test_phases_alone(form, layout, dtype):
         own = stats.to(dtype)
         norms = (
             cpu.Norm(*affine[:2], None, None, 0.0, 0.0),
-            cpu.Norm(*affine[3:], None, None, 0.0, 0.0) if two else None,
+            cpu.Norm(*affine[3:5], None, None, 0.0, 0.0) if two else None,
         )
         y, mask = cpu.normalise(x, residual, own, *norms, residual is not None and not two)
-        exact_y, on = phases.normalise(double(x), double(residual), stats, *wide)
+        exact_y, on = phases.normalise(double(x), double(residual), stats, *wide, True)
         assert_close({"y": y}, {"y": exact_y}, tolerance)
         if mask is not None:
             assert not ((cpu.unpack_mask(mask, x) != on) & (exact_y > 1e-4)).any()

@@ -108,7 +108,7 @@ def check(
     expected_norms = [n.double().train(training) for n in norms]
 
     def ours_of(x, r):
-        return forked_tail(ours[0], x, r, ours[1] if len(ours) > 1 else None, forked)
+        return forked_tail(ours[0], x, r, ours[1] if len(ours) > 1 else None, forked=forked)
 
     call = ours_of if compiler is None else torch.compile(ours_of, fullgraph=True, backend=compiler)
     errors = {}

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from oracle import FORMS, LAYOUTS, problem
+from resfused.kernels.activation import RELU
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
@@ -12,14 +13,14 @@ import resfused
 from resfused.operator import ops
 
 
-def arguments(p, mask):
+def arguments(p, mask, activation=RELU):
     """The operators' argument list for a problem."""
     g = p.tensors.get
     norm = (g("weight"), g("bias"), g("running_mean"), g("running_var"), 0.3, 1e-3)
     residual_norm = (
         g("residual_weight"), g("residual_bias"), g("residual_running_mean"), g("residual_running_var"), 0.3, 1e-3
     )  # fmt: skip
-    return g("input"), g("residual"), *norm, p.form == FORMS[2], *residual_norm, mask
+    return g("input"), g("residual"), *norm, p.form == FORMS[2], *residual_norm, *activation, mask
 
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -29,7 +30,7 @@ CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(form, layout, device):
     p = problem(form, (3, 6, 4, 2), torch.float32, device, layout=layout)
-    forward = arguments(p, True)
+    forward = arguments(p, form == FORMS[1])
     opcheck(ops.forward_training, forward, test_utils=CHECKS)
     opcheck(ops.forward_frozen, forward, test_utils=CHECKS)
     _, mask, stats = ops.forward_training(*forward)
@@ -40,26 +41,23 @@ def test_opcheck(form, layout, device):
     norms = forward[2:-1]
     for values in (mask, stats), (mask, None):
         values = (values[0] if form == FORMS[1] else None, values[1])
-        opcheck(
-            ops.backward, (p.dy, p.dy, p.tensors["input"], saved, dtype, *values, *norms, wanted), test_utils=CHECKS
-        )
-        opcheck(
-            ops.backward, (p.dy, None, p.tensors["input"], saved, dtype, *values, *norms, wanted), test_utils=CHECKS
-        )
+        for fork in (p.dy, None):
+            backward = (p.dy, fork, p.tensors["input"], None, saved, dtype, *values, *norms, wanted)
+            opcheck(ops.backward, backward, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("form", FORMS[1:])
 def test_opcheck_of_two_dtypes(form, device):
     """Fake outputs have the promoted dtype, the residual's gradient that of the residual."""
     p = problem(form, (3, 6, 4, 2), torch.bfloat16, device)
-    x, residual, *rest = arguments(p, True)
+    x, residual, *rest = arguments(p, form == FORMS[1])
     residual = residual.float()
     opcheck(ops.forward_training, (x, residual, *rest), test_utils="test_faketensor")
     y, mask, stats = ops.forward_training(x, residual, *rest)
     two = form == FORMS[2]
     saved, mask = (residual, None) if two else (None, mask)
     wanted = [True, True, True, True, two, two]
-    backward = (y, None, x, saved, torch.float32, mask, stats, *rest[:-1], wanted)
+    backward = (y, None, x, None, saved, torch.float32, mask, stats, *rest[:-1], wanted)
     opcheck(ops.backward, backward, test_utils="test_faketensor")
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from oracle import FORMS, LAYOUTS, PARAMETERS, assert_close, call, problem, run
+from resfused.kernels.activation import RELU
 
 import resfused
 import resfused.functional as fused
@@ -142,4 +143,4 @@ def test_the_function_refuses_what_the_kernels_cannot_take(device):
     x = torch.randn(2, 3, 4, device="meta")
     numbers = (0.1, 1e-5, False, 0.0, 0.0)
     with pytest.raises(RuntimeError, match="input is on meta"):
-        resfused.FusedResidualBlock.apply(x, *[None] * 5, [None] * 4, numbers, True, False)
+        resfused.FusedResidualBlock.apply(x, *[None] * 5, [None] * 4, numbers, True, RELU, False)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import FORMS, LAYOUTS, TOLERANCE, assert_close, problem, relative_error, run
+from resfused.kernels.activation import RELU
 from torch import nn
 from torch.library import opcheck
 
@@ -74,7 +75,9 @@ def test_a_group_of_one(form, uses, backend, device, group_of_one):
 
     def node(x, residual, own, residual_own=None):
         twice = uses != "one use"
-        return USES[uses](*synchronised.normalise_add_relu(x, residual, own, residual_own, group_of_one, twice))
+        return USES[uses](
+            *synchronised.normalise_add_activate(x, residual, own, residual_own, RELU, group_of_one, twice)
+        )
 
     def norm(mean, var, weight, bias, momentum, eps):
         return synchronised.Norm(weight, bias, mean, var, momentum, eps)
@@ -97,7 +100,7 @@ def test_a_group_of_one(form, uses, backend, device, group_of_one):
 def test_a_group_without_values(group_of_one):
     own = synchronised.Norm(None, None, None, None, 0.1, 1e-5)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-        synchronised.normalise_add_relu(torch.empty(0, 3, 2), None, own, None, group_of_one)
+        synchronised.normalise_add_activate(torch.empty(0, 3, 2), None, own, None, RELU, group_of_one)
 
 
 def test_merge_of_processes():
@@ -117,7 +120,7 @@ def test_merge_of_processes():
 
 def affine(p):
     get = p.tensors.get
-    return get("weight"), get("bias"), p.form == FORMS[2], get("residual_weight"), get("residual_bias")
+    return get("weight"), get("bias"), p.form == FORMS[2], get("residual_weight"), get("residual_bias"), *RELU
 
 
 def phase_by_phase(phase, p):
@@ -131,7 +134,7 @@ def phase_by_phase(phase, p):
     stats[1::2] = (
         local[1::2] / count + torch.tensor([[0.1], [0.15]], dtype=torch.float64)[: len(local) // 2].to(local)
     ).rsqrt()
-    y, mask = phase.normalise(x, residual, stats, *own)
+    y, mask = phase.normalise(x, residual, stats, *own, p.form == FORMS[1])
     kept = residual if norm_residual else None
     results = {"output": y}
     wanted = [residual is not None and not norm_residual, True, True, norm_residual, norm_residual]
@@ -183,8 +186,9 @@ def test_opcheck(form, layout, device):
     two = own[2]
     opcheck(ops.local_statistics, (x, residual, two), test_utils=checks)
     stats = ops.local_statistics(x, residual, two).abs() + 0.5
-    opcheck(ops.normalise, (x, residual, stats, *own), test_utils=checks)
-    _, mask = ops.normalise(x, residual, stats, *own)
+    masked = form == FORMS[1]
+    opcheck(ops.normalise, (x, residual, stats, *own, masked), test_utils=checks)
+    _, mask = ops.normalise(x, residual, stats, *own, masked)
     kept, dtype = residual if two else None, None if residual is None else residual.dtype
     wanted = [form == FORMS[1], True, True, two, two]
     for fork in (p.dy, None):
@@ -250,12 +254,12 @@ def test_conversion(name, settings):
 
 @pytest.mark.parametrize("name", [*CONVERTED, "SyncBatchNormAddReLU"])
 def test_conversion_by_pytorch_is_refused(name):
-    """It would drop the ReLU. What it came to first stays converted, and ours then does the rest."""
+    """It would drop the activation. What it came to first stays converted, and ours then does the rest."""
     norm = getattr(resfused, name)(5)
     attributes, tensors = set(norm.__dict__), [*norm.parameters(), *norm.buffers()]
     model = nn.Sequential(nn.BatchNorm2d(5), norm)
     for target in (model, norm):
-        with pytest.raises(RuntimeError, match=f"drop the ReLU of {name}: use resfused.convert_sync_batchnorm"):
+        with pytest.raises(RuntimeError, match=f"drop the activation of {name}: use resfused.convert_sync_batchnorm"):
             nn.SyncBatchNorm.convert_sync_batchnorm(target)
     assert model[1] is norm
     assert set(norm.__dict__) == attributes

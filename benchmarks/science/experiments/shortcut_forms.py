@@ -75,7 +75,7 @@ class NormedProjectionBlock(resfused.LinearResidualBlock):
     def forward_forked(self, x: Tensor, shortcut: Tensor, forked: bool = True) -> tuple[Tensor, Tensor]:
         projection, norm = cast(tuple[nn.Linear, nn.BatchNorm1d], self.shortcut)
         out = resfused.tail(self.bn1, self.fc1(x))
-        return forked_tail(self.bn2, self.fc2(out), projection(shortcut), norm, forked)
+        return forked_tail(self.bn2, self.fc2(out), projection(shortcut), norm, forked=forked)
 
 
 def block_of(form: str, features: int, library: str) -> nn.Module:
