@@ -1,4 +1,5 @@
-// The pages under a large output, which glibc often maps anew for every tensor.
+// The pages under a large output, which glibc often maps anew for every tensor. Their faults are worth avoiding: they
+// take eager's forward and backward of a 16x256x56x56 node from 31 to 70 ms.
 #pragma once
 
 #include <cstdint>

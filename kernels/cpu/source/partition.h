@@ -25,7 +25,9 @@ struct Span {
 };
 
 // Rows of all channels; a part is some consecutive rows. Loops walk several rows as one long one, of 4 KB: eight such
-// streams are read as fast as memory yields them, where eight rows of 512 bytes took 1.6 times as long.
+// streams are read as fast as memory yields them, where eight rows of 512 bytes took 1.6 times as long. Slices of
+// 64 to 256 channels, read again from the cache, took a prototype's forward 2.0 to 5.7 passes of a copy, whole rows read
+// twice 0.8 to 2.6.
 class ChannelsLast {
  public:
   // Whether the elements of a span are of one channel each, or all of the same.
@@ -167,6 +169,7 @@ void run(Node& node, const Partition& p, int64_t threads) {
     for (int64_t task = 0; task < parts * phase_blocks; task++) node.first(task / phase_blocks, task % phase_blocks);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; block++) node.merge(block);
+    // Forwards again: backwards, from what the first phase has left in the cache, lost 10 to 50 %.
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < parts * phase_blocks; task++) node.second(task / phase_blocks, task % phase_blocks);
   }
