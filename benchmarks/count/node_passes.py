@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 
 import torch
 from resfused.kernels import geometry
-from resfused.kernels.activation import RELU
+from resfused.kernels.activation import RELU, Activation
 from resfused.kernels.gpu import launch_table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from workloads.nodes import NORM_ADD_RELU, NORM_RELU
+from workloads.nodes import NORM_ADD_NORM_RELU, NORM_ADD_RELU, NORM_RELU
 from workloads.problems import LAYOUTS
 
 from count.recorder import Launch, record
@@ -55,7 +55,15 @@ class LaunchTraffic:
         return self.channel_read + self.channel_written
 
 
-def count_node(form: str, phase: str, way: str, layout: str, dtype: torch.dtype, shape: Shape) -> list[LaunchTraffic]:
+def count_node(
+    form: str,
+    phase: str,
+    way: str,
+    layout: str,
+    dtype: torch.dtype,
+    shape: Shape,
+    activation: Activation = RELU,
+) -> list[LaunchTraffic]:
     """The traffic of every launch of one node on activations of ``shape``; everything requires a gradient.
 
     The backward of a fork is given two gradients of the output, which it adds. What one launch reads twice counts once,
@@ -68,8 +76,8 @@ def count_node(form: str, phase: str, way: str, layout: str, dtype: torch.dtype,
     An argument is an activation if it has as many elements as one, or is a bit mask (uint8); others are per channel.
     Parameters and running statistics are float32, or float64 for float64.
     """
-    counted = _launches(form, phase, way, layout, dtype, reduced(shape, layout), execute=True)
-    real = _launches(form, phase, way, layout, dtype, shape, execute=False)
+    counted = _launches(form, activation, phase, way, layout, dtype, reduced(shape, layout), execute=True)
+    real = _launches(form, activation, phase, way, layout, dtype, shape, execute=False)
     if [launch.kernel for launch in counted] != [launch.kernel for launch in real]:
         raise RuntimeError(f"the launches of {form} at {shape} are not those at {reduced(shape, layout)}")
     return [_scaled(c, r, prod(shape), dtype.itemsize) for c, r in zip(counted, real, strict=True)]
@@ -102,22 +110,37 @@ def reduced(shape: Shape, layout: str) -> Shape:
 
 
 def _launches(
-    form: str, phase: str, way: str, layout: str, dtype: torch.dtype, shape: Shape, execute: bool
+    form: str,
+    activation: Activation,
+    phase: str,
+    way: str,
+    layout: str,
+    dtype: torch.dtype,
+    shape: Shape,
+    execute: bool,
 ) -> list[Launch]:
     # A forward is the same whatever follows: a tail's comes with the backward of the fork that it mostly feeds.
     forked = phase == FORKED or (phase == FORWARD and form != NORM_RELU)
-    forward, backward = _run_node(form, phase != EVAL, forked, way, layout, dtype, shape, execute)
+    forward, backward = _run_node(form, activation, phase != EVAL, forked, way, layout, dtype, shape, execute)
     return backward if phase in (BACKWARD, FORKED) else forward
 
 
 @cache
 def _run_node(
-    form: str, training: bool, forked: bool, way: str, layout: str, dtype: torch.dtype, shape: Shape, execute: bool
+    form: str,
+    activation: Activation,
+    training: bool,
+    forked: bool,
+    way: str,
+    layout: str,
+    dtype: torch.dtype,
+    shape: Shape,
+    execute: bool,
 ) -> tuple[list[Launch], list[Launch]]:
     """The launches of a node's forward and, with ``training``, of its backward."""
     nodes = launch_table.EVERY_NODE if way == ONE_LAUNCH else launch_table.NO_NODE
     with launch_table.using(ONE_LAUNCH_ELEMENTS=nodes), record(execute) as launches:
-        outputs, inputs = _forward_pair(form, training, _activations(layout, dtype, shape, execute, 2))
+        outputs, inputs = _forward_pair(form, activation, training, _activations(layout, dtype, shape, execute, 2))
         forward = launches.copy()
         launches.clear()
         if training:
@@ -132,36 +155,47 @@ def _activations(layout: str, dtype: torch.dtype, shape: Shape, filled: bool, co
     return [t.normal_() if filled else t for t in tensors]
 
 
-def _forward(library: Any, form: str, training: bool, activations: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _forward(
+    library: Any, form: str, activation: Activation, training: bool, activations: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
     """A node's output and what it may be differentiated by; ``library`` has the functions of ``resfused.reference``."""
     x, residual = activations
     running, parameters = _vectors(activations, training)
-    if form == NORM_RELU:
-        y = library.batch_norm_relu(x, *running[:2], *parameters[:2], training)
-        return y, [x, *parameters[:2]]
-    if form == NORM_ADD_RELU:
-        y = library.batch_norm_add_relu(x, residual, *running[:2], *parameters[:2], training)
-        return y, [x, residual, *parameters[:2]]
-    y = library.batch_norm_add_batch_norm_relu(x, residual, *running, *parameters, training)
-    return y, [x, residual, *parameters]
+    if form == NORM_ADD_NORM_RELU:
+        y = library.batch_norm_add_batch_norm_act(x, residual, *running, *parameters, training, activation=activation)
+        return y, [x, residual, *parameters]
+    added = residual if form == NORM_ADD_RELU else None
+    y = library.batch_norm_act(x, *running[:2], *parameters[:2], training, activation=activation, residual=added)
+    return y, [x, *([] if added is None else [added]), *parameters[:2]]
 
 
-def _forward_pair(form: str, training: bool, activations: list[Tensor]) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+def _forward_pair(
+    form: str, activation: Activation, training: bool, activations: list[Tensor]
+) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
     """As ``_forward`` of the fused functions, with the output as the pair that feeds a fork."""
     x, residual = activations
     running, parameters = _vectors(activations, training)
     weight, bias, *others = parameters
     norm = Norm(weight, bias, running[0], running[1], 0.1, 1e-5)
-    other = Norm(others[0], others[1], running[2], running[3], 0.1, 1e-5)
-    if form == NORM_RELU:
-        return normalise_add_activate(x, None, norm, None, RELU, training, forked=True), [x, *parameters[:2]]
-    if form == NORM_ADD_RELU:
-        return normalise_add_activate(x, residual, norm, None, RELU, training, forked=True), [
-            x,
-            residual,
-            *parameters[:2],
-        ]
-    return normalise_add_activate(x, residual, norm, other, RELU, training, forked=True), [x, residual, *parameters]
+    other = Norm(others[0], others[1], running[2], running[3], 0.1, 1e-5) if form == NORM_ADD_NORM_RELU else None
+    added = None if form == NORM_RELU else residual
+    pair = normalise_add_activate(x, added, norm, other, activation, training, forked=True)
+    return pair, [x, *([] if added is None else [added]), *parameters[: 2 if other is None else 4]]
+
+
+def kept(library: Any, form: str, activation: Activation) -> float:
+    """What a training forward keeps of full size, in activations, but for its output: what follows keeps that."""
+    shape: Shape = (2, 8, 4, 8)
+    y, saved = None, {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.numel() * tensor.itemsize >= prod(shape) // 8:
+            saved[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y, _ = _forward(library, form, activation, True, _activations("channels_last", torch.float32, shape, True, 2))
+    return sum(size for address, size in saved.items() if address != y.data_ptr()) / y.nbytes
 
 
 def _vectors(activations: list[Tensor], training: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -201,24 +235,25 @@ class _EagerTraffic(TorchDispatchMode):
 
 
 @cache
-def eager_passes(form: str, phase: str) -> float:
+def eager_passes(form: str, phase: str, activation: Activation = RELU) -> float:
     """Passes of eager PyTorch, by a model of each operator and not by looking into its kernel.
 
     Every operator reads its inputs once and writes its output once, a view is free, and BatchNorm with batch statistics
     reads its inputs twice: for the statistics and for the result. So native_batch_norm 3 passes, 2 in eval mode;
-    native_batch_norm_backward 5; add 3; relu 2; threshold_backward 3. Vectors over channels do not count.
+    native_batch_norm_backward 5; add 3; relu 2; threshold_backward 3, as of other activations. Vectors over
+    channels do not count.
     """
     if phase == FORKED:
-        return eager_passes(form, BACKWARD) + FORK_PASSES
+        return eager_passes(form, BACKWARD, activation) + FORK_PASSES
     shape: Shape = (2, 8, 4, 4)
     traffic = _EagerTraffic(prod(shape))
     activations = _activations("contiguous", torch.float32, shape, True, 2)
     if phase == BACKWARD:
-        y, inputs = _forward(reference, form, True, activations)
+        y, inputs = _forward(reference, form, activation, True, activations)
         dy = torch.ones_like(y)
         with traffic:
             torch.autograd.grad(y, inputs, dy)
     else:
         with traffic:
-            _forward(reference, form, phase == FORWARD, activations)
+            _forward(reference, form, activation, phase == FORWARD, activations)
     return traffic.elements / prod(shape)

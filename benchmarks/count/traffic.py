@@ -16,6 +16,7 @@ import torch
 from console.arguments import write_json
 from console.progress import track
 from console.rows import Rows
+from resfused.kernels.activation import ACTIVATIONS, activation_of
 from rich.console import Console
 from workloads.nodes import FORMS, NETWORKS, Node
 from workloads.problems import DTYPES, LAYOUTS
@@ -27,15 +28,20 @@ from count.node_passes import (
     FORKED,
     FORWARD,
     PHASES,
+    SEPARATE,
     WAYS,
     LaunchTraffic,
     Shape,
     count_node,
     eager_passes,
+    kept,
 )
 from count.recorder import require_interpreter
+from resfused import functional, reference
 
 BATCH = 256
+# A wide layer of MobileNetV2.
+ACTIVATED: Shape = (BATCH, 96, 56, 56)
 TRAINING, INFERENCE = MODES = ("training step", "inference")
 
 
@@ -160,6 +166,25 @@ def _launch_table(traffic: list[NodeTraffic]) -> Rows:
     return table
 
 
+def _activation_table(dtype: str) -> Rows:
+    """Every activation in every form, with all gradients, in separate launches over channels_last."""
+    table = Rows(
+        f"Any activation: passes of one node, {dtype}, batch {BATCH}, and what it keeps for its backward: ours (eager)",
+        keys=("activation", "form"),
+        values=("forward", "backward", "kept"),
+        caption="Kept beside the output, in activations of float32.",
+    )
+    for activation, form in product(map(activation_of, ACTIVATIONS), FORMS):
+        named = form.replace("relu", activation.name)
+        passes = []
+        for phase in (FORWARD, BACKWARD):
+            launches = count_node(form, phase, SEPARATE, "channels_last", DTYPES[dtype], ACTIVATED, activation)
+            passes.append(f"{sum(t.activation for t in launches):.4f} ({eager_passes(form, phase, activation):.0f})")
+        both = (kept(library, form, activation) for library in (functional, reference))
+        table.add(activation.name, named, *passes, "{:.4f} ({:.0f})".format(*both))
+    return table
+
+
 def _gigabytes(total: Total, itemsize: int) -> tuple[float, float]:
     """(ours, eager)"""
     return total.ours * total.elements * itemsize / 1e9, total.eager * total.elements * itemsize / 1e9
@@ -205,6 +230,7 @@ def run(args: argparse.Namespace) -> int:
         totals = [network_total(*case, dtype, mode) for case in cases for mode in MODES]
     console.print(_node_table(traffic, args.dtype))
     if totals:
+        console.print(_activation_table(args.dtype))
         console.print(_launch_table(traffic))
         console.print(_total_table(totals, args.dtype, args.bandwidth))
     if args.json:
