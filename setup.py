@@ -54,7 +54,7 @@ setup(
     package_dir={"resfused": "resfused", "resfused.kernels": "kernels"},
     package_data={
         "resfused": ["py.typed"],
-        "resfused.kernels.cpu": ["source/*.cpp", "source/*.h", "source/packs/*.h"],
+        "resfused.kernels.cpu": ["source/**/*.cpp", "source/**/*.h"],
         "resfused.kernels.gpu": ["launch_table.json"],
     },
     python_requires=">=3.10,<3.14",

@@ -9,11 +9,11 @@ from .kernels import cpu
 
 def main() -> int:
     try:
-        path = cpu.built()
+        paths = [cpu.built(library) for library in cpu.LIBRARIES]
     except cpu.UnavailableError as error:
         print(f"resfused: the kernels for this CPU cannot be had: {error}", file=sys.stderr)
         return 1
-    print(path)
+    print(*paths, sep="\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The library of the C++ kernels: compiled at first use, kept in a cache folder, loaded once a process."""
+"""The libraries of the C++ kernels: compiled at first use, kept in a cache folder, loaded once a process."""
 
 from __future__ import annotations
 
@@ -19,12 +19,26 @@ from pathlib import Path
 
 import torch
 
+from ..activation import RELU, Activation
+
 SOURCES = Path(__file__).parent / "source"
-UNITS = {
-    f"{direction}_{kind}": (f"{direction}.cpp", f"-DKIND={kind}Kind")
-    for direction in ("backward", "forward")
-    for kind in ("Mixed", "Wide", "Float32", "BFloat16")
-} | {"entry": ("entry.cpp", "")}
+
+
+def _units(flags: str) -> dict[str, tuple[str, str]]:
+    """By the names of their objects: a source, and flags of its own."""
+    return {
+        f"{direction}_{kind}": (f"{direction}.cpp", f"-DKIND={kind}Kind {flags}")
+        for direction in ("backward", "forward")
+        for kind in ("Mixed", "Wide", "Float32", "BFloat16")
+    } | {"entry": ("entry.cpp", "")}
+
+
+# The ReLU is compiled alone, in seconds; all other activations together, at the first use of one, and in as many seconds
+# with -O1. Their loops have branches that always go the same way, and wait for memory.
+LIBRARIES = {
+    "relu": _units("-DACTIVATION=Relu"),
+    "any": _units("-DACTIVATION=Any -O1") | {"smooth": ("activations/smooth.cpp", "")},
+}
 # No -ffast-math: NaN must stay. No contraction: the sign of z must be the same wherever it is computed.
 FLAGS = (
     "-std=c++17",
@@ -51,33 +65,39 @@ class UnavailableError(RuntimeError):
 
 
 _lock = threading.Lock()
-_library: ctypes.CDLL | None = None
-_obstacle: str | None = None
+# Either by its name: what was loaded, or why it could not be.
+_loaded: dict[str, ctypes.CDLL] = {}
+_obstacles: dict[str, str] = {}
 
 
-def load() -> ctypes.CDLL:
-    """The library, built where it is not in the cache yet.
+def library_of(activation: Activation) -> str:
+    """The name in ``LIBRARIES`` of the one that has it."""
+    return "relu" if activation == RELU else "any"
+
+
+def load(activation: Activation = RELU) -> ctypes.CDLL:
+    """The library that has an activation, built where it is not in the cache yet.
 
     Raises: UnavailableError, at every call after the first too.
     """
-    global _library, _obstacle
+    name = library_of(activation)
     with _lock:
-        if _library is None and _obstacle is None:
+        if name not in _loaded and name not in _obstacles:
             try:
                 # After torch, whose OpenMP it then shares.
-                _library = ctypes.CDLL(str(built()))
+                _loaded[name] = ctypes.CDLL(str(built(name)))
             except (UnavailableError, OSError) as error:
-                _obstacle = str(error)
-        if _library is None:
-            raise UnavailableError(_obstacle)
-        return _library
+                _obstacles[name] = str(error)
+        if name in _obstacles:
+            raise UnavailableError(_obstacles[name])
+        return _loaded[name]
 
 
-def obstacle() -> str | None:
-    """Why the kernels cannot run in this process, or None where they can: then the library is built and loaded."""
-    if _library is None:
+def obstacle(activation: Activation = RELU) -> str | None:
+    """Why the kernels cannot run with it in this process, or None where they can: then they are built and loaded."""
+    if library_of(activation) not in _loaded:
         try:
-            load()
+            load(activation)
         except UnavailableError as error:
             return str(error)
     return None
@@ -95,8 +115,8 @@ def instruction_set() -> str:
     return name if name in INSTRUCTION_SETS and platform.machine() == "x86_64" else "baseline"
 
 
-def built(flags: tuple[str, ...] = ()) -> Path:
-    """The path of the library for this machine, with further ``flags``; compiles it where it is not in the cache.
+def built(name: str = "relu") -> Path:
+    """The path of one of the ``LIBRARIES`` for this machine; compiles it where it is not in the cache.
 
     Raises: UnavailableError with the reason.
     """
@@ -105,16 +125,16 @@ def built(flags: tuple[str, ...] = ()) -> Path:
             f"they are for Linux on x86_64 or aarch64, and this is {sys.platform} on {platform.machine()}"
         )
     compiler = _compiler()
-    flags = (*FLAGS, *INSTRUCTION_SETS.get(instruction_set(), ()), *flags)
+    flags = (*FLAGS, *INSTRUCTION_SETS.get(instruction_set(), ()))
     folder = cache_folder()
-    path = folder / f"{_key(compiler, flags)}.so"
+    path = folder / f"{name}-{_key(compiler, flags)}.so"
     if path.exists():
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _turn(path.with_suffix(".lock")):
             if not path.exists():
-                _build(compiler, flags, path)
+                _build(_plan(compiler, flags, LIBRARIES[name]), path)
     except OSError as error:
         raise UnavailableError(f"they cannot be built into {folder}: {error}") from error
     return path
@@ -143,19 +163,19 @@ def _ninja() -> str:
 
 
 def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
-    """A hash of all that the library depends on."""
-    parts = [platform.machine(), instruction_set(), *compiler, _output([*compiler, "--version"]), *flags]
+    """A hash of all that the libraries depend on."""
+    parts = [platform.machine(), instruction_set(), *compiler, _output([*compiler, "--version"]), *flags, str(LIBRARIES)]
     for source in sorted(SOURCES.rglob("*.*")):
         parts += [source.name, source.read_text()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _build(compiler: list[str], flags: tuple[str, ...], path: Path) -> None:
+def _build(plan: str, path: Path) -> None:
     """Compiles and links elsewhere, and puts the whole library at ``path`` in one step."""
     ninja = _ninja()
     print(f"resfused: compiling the kernels for this CPU into {path.parent}, once", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="resfused-") as folder:
-        (Path(folder) / "build.ninja").write_text(_plan(compiler, flags))
+        (Path(folder) / "build.ninja").write_text(plan)
         _output([ninja, "-C", folder])
         partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
         try:
@@ -165,7 +185,7 @@ def _build(compiler: list[str], flags: tuple[str, ...], path: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _plan(compiler: list[str], flags: tuple[str, ...]) -> str:
+def _plan(compiler: list[str], flags: tuple[str, ...], units: dict[str, tuple[str, str]]) -> str:
     """build.ninja."""
     lines = [
         f"cxx = {shlex.join(compiler)}",
@@ -175,9 +195,9 @@ def _plan(compiler: list[str], flags: tuple[str, ...]) -> str:
         "rule link",
         "  command = $cxx $flags -shared $in -o $out",
     ]
-    for name, (source, unit) in UNITS.items():
+    for name, (source, unit) in units.items():
         lines += [f"build {name}.o: compile {_escaped(SOURCES / source)}", f"  unit = {unit}"]
-    lines += [f"build library.so: link {' '.join(f'{name}.o' for name in UNITS)}", "default library.so", ""]
+    lines += [f"build library.so: link {' '.join(f'{name}.o' for name in units)}", "default library.so", ""]
     return "\n".join(lines)
 
 

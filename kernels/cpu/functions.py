@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..activation import ACTIVATIONS, IDENTITY, RELU, Activation
 from ..call import (
     NOTHING_BUT_STATISTICS,
     Gradients,
@@ -25,21 +26,29 @@ from . import build
 
 # The records of call.h, and the numbers of its enums.
 _NORM = "8q2d"
-_FORWARD = struct.Struct(f"=7q 2q 6q 2q {_NORM} {_NORM}")
-_BACKWARD = struct.Struct(f"=7q 2q 14q 3q {_NORM} {_NORM} 8q")
+_FORWARD = struct.Struct(f"=7q 2q 6q 2q {_NORM} {_NORM} qd")
+_BACKWARD = struct.Struct(f"=7q 2q 14q 3q {_NORM} {_NORM} 8q qd")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_FUNCTIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _FROM_BATCH, _MOMENTS, _GIVEN, _RUNNING = range(4)
 _ALL, _SUMS, _INPUTS, _LOCAL = range(4)
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, masked: bool
+    x: Tensor,
+    residual: Tensor | None,
+    norm: Norm,
+    residual_norm: Norm | None,
+    training: bool,
+    masked: bool,
+    activation: Activation = RELU,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As ``kernels.gpu.forward``."""
     g, (x, residual) = in_one_layout(x, residual)
     y, mask = outputs(x, residual, g.mask_numel, masked)
     stats = _room(x, 2 if residual_norm is None else 4, accumulator(x, residual)) if training else None
-    _call_forward(g, _FROM_BATCH if training else _RUNNING, x, residual, y, mask, stats, norm, residual_norm)
+    statistics = _FROM_BATCH if training else _RUNNING
+    _call_forward(g, statistics, x, residual, y, mask, stats, norm, residual_norm, activation)
     return y, mask, stats
 
 
@@ -48,30 +57,33 @@ def local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) ->
     g, (x, residual) = in_one_layout(x, residual)
     stats = _room(x, 4 if norm_residual else 2, accumulator(x, residual))
     second = NOTHING_BUT_STATISTICS if norm_residual else None
-    _call_forward(g, _MOMENTS, x, residual, x, None, stats, NOTHING_BUT_STATISTICS, second)
+    _call_forward(g, _MOMENTS, x, residual, x, None, stats, NOTHING_BUT_STATISTICS, second, RELU)
     return stats
 
 
 def normalise(
-    x: Tensor, residual: Tensor | None, stats: Tensor, norm: Norm, residual_norm: Norm | None, masked: bool
+    x: Tensor,
+    residual: Tensor | None,
+    stats: Tensor,
+    norm: Norm,
+    residual_norm: Norm | None,
+    masked: bool,
+    activation: Activation = RELU,
 ) -> tuple[Tensor, Tensor | None]:
     """As ``kernels.gpu.normalise``."""
     g, (x, residual) = in_one_layout(x, residual)
     y, mask = outputs(x, residual, g.mask_numel, masked)
-    _call_forward(g, _GIVEN, x, residual, y, mask, stats.contiguous(), norm, residual_norm)
+    _call_forward(g, _GIVEN, x, residual, y, mask, stats.contiguous(), norm, residual_norm, activation)
     return y, mask
 
 
 def backward(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients) -> Gradients:
     """As ``kernels.gpu.backward``."""
     g, activations = _activations(dy, dy_fork, kept)
-    x, residual = activations[:2]
-    dx = torch.empty_like(x) if wanted.x else None
-    dz = dresidual = None
-    if wanted.residual and kept.residual_norm is None:
-        dz = torch.empty_like(x, dtype=kept.residual_dtype)
-    elif wanted.residual and residual is not None:
-        dresidual = torch.empty_like(residual)
+    dx, dresidual = _inputs_gradients(activations, kept, wanted[:2])
+    dz = None
+    if kept.residual_norm is None:
+        dz, dresidual = dresidual, None
     parameters = parameter_gradients(kept.norm, kept.residual_norm, wanted)
     phases = _ALL if kept.stats is not None else _LOCAL
     _call_backward(g, phases, activations, kept, (dz, dx, dresidual), None, parameters)
@@ -81,11 +93,9 @@ def backward(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients) 
 def local_sums(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients) -> tuple[Tensor, Gradients]:
     """As ``kernels.gpu.local_sums``."""
     g, activations = _activations(dy, dy_fork, kept)
-    x, residual = activations[:2]
-    residual_alone = wanted.residual and kept.residual_norm is None
-    dz = torch.empty_like(x, dtype=kept.residual_dtype) if residual_alone else None
+    _, dz = _inputs_gradients(activations, kept, (False, wanted.residual and kept.residual_norm is None))
     parameters = parameter_gradients(kept.norm, kept.residual_norm, wanted)
-    sums = _room(x, 2 if kept.residual_norm is None else 3, accumulator(x, residual, dy))
+    sums = _room(dy, 2 if kept.residual_norm is None else 3, accumulator(*activations))
     _call_backward(g, _SUMS, activations, kept, (dz, None, None), sums, parameters)
     return sums, Gradients(None, dz, *parameters)
 
@@ -95,11 +105,9 @@ def input_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """As ``kernels.gpu.input_gradients``."""
     g, activations = _activations(dy, dy_fork, kept)
-    x, residual = activations[:2]
-    dx = torch.empty_like(x) if wanted[0] else None
-    dresidual = torch.empty_like(residual) if wanted[1] and residual is not None else None
+    dx, dresidual = _inputs_gradients(activations, kept, wanted)
     # dz is dy already masked (and added up), unless it was rounded to a narrower dtype.
-    dz = in_layout_of(dz, x) if dz is not None and dz.dtype is dy.dtype else None
+    dz = in_layout_of(dz, activations[2]) if dz is not None and dz.dtype is dy.dtype else None
     _call_backward(g, _INPUTS, activations, kept, (dz, dx, dresidual), means, [None] * 4)
     return dx, dresidual
 
@@ -110,9 +118,21 @@ def _room(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def _activations(dy: Tensor, dy_fork: Tensor | None, kept: Kept) -> tuple[Geometry, Any]:
-    """(x, residual, dy, dy_fork) in one layout, and their geometry; the residual only where it is normed."""
-    assert kept.x is not None
-    return in_one_layout(kept.x, None if kept.residual_norm is None else kept.residual, dy, dy_fork)
+    """(x, residual, dy, dy_fork) in one layout, and their geometry."""
+    if kept.x is not None:
+        return in_one_layout(kept.x, kept.residual, dy, dy_fork)
+    assert kept.mask is not None or kept.activation == IDENTITY
+    g, (dy, residual, dy_fork) = in_one_layout(dy, kept.residual, dy_fork)
+    return g, (None, residual, dy, dy_fork)
+
+
+def _inputs_gradients(activations: Any, kept: Kept, wanted: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Room for those of x and of the residual."""
+    x, residual, dy, _ = activations
+    like = dy if x is None else x
+    dtypes = kept.x_dtype if x is None else x.dtype, kept.residual_dtype if residual is None else residual.dtype
+    dx, dresidual = (torch.empty_like(like, dtype=d) if w else None for d, w in zip(dtypes, wanted, strict=True))
+    return dx, dresidual
 
 
 def _call_forward(
@@ -125,13 +145,14 @@ def _call_forward(
     stats: Tensor | None,
     norm: Norm,
     residual_norm: Norm | None,
+    activation: Activation,
 ) -> None:
     norms = 1 if residual_norm is None else 2
     record = _FORWARD.pack(
         *_shape(g), *_machine(), norms, statistics, *_tensor(x), *_tensor(residual), *_tensor(y), _address(mask),
-        _address(stats), *_norm(norm), *_norm(residual_norm),
+        _address(stats), *_norm(norm), *_norm(residual_norm), *_function(activation),
     )  # fmt: skip
-    _run(_library().resfused_forward, record)
+    _run(_library(activation).resfused_forward, record)
 
 
 def _call_backward(
@@ -158,8 +179,9 @@ def _call_backward(
         *_tensor(dy), *_tensor(dy_fork), *_tensor(x), *_tensor(residual), *_tensor(dz), *_tensor(dx),
         *_tensor(dresidual), _address(mask), _address(stats), _address(sums), *_norm(norm), *_norm(residual_norm),
         *_tensor(dweight), *_tensor(dbias), *_tensor(dresidual_weight), *_tensor(dresidual_bias),
+        *_function(kept.activation),
     )  # fmt: skip
-    _run(_library().resfused_backward, record)
+    _run(_library(kept.activation).resfused_backward, record)
 
 
 def _shape(g: Geometry) -> tuple[int, int, int, int]:
@@ -183,6 +205,10 @@ def _norm(n: Norm | None) -> tuple[float, ...]:
     return *vectors, n.momentum, n.eps or 0.0
 
 
+def _function(activation: Activation) -> tuple[int, float]:
+    return _FUNCTIONS[activation.name], activation.negative_slope
+
+
 def _machine() -> tuple[int, int, int]:
     return torch.get_num_threads(), *_caches()
 
@@ -200,11 +226,11 @@ def _caches() -> tuple[int, int]:
     return found[2], found[3]
 
 
-@lru_cache(maxsize=1)
-def _library() -> Any:
+@lru_cache(maxsize=64)
+def _library(activation: Activation) -> Any:
     import ctypes
 
-    library = build.load()
+    library = build.load(activation)
     backward_size = ctypes.c_int64()
     library.resfused_record_sizes.restype = ctypes.c_int64
     forward_size = library.resfused_record_sizes(ctypes.byref(backward_size))

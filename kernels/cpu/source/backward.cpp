@@ -1,4 +1,4 @@
-// Backward of relu(norm(x) + s), for the storage KIND: channel sums of the gradient, their merge, the inputs' gradients.
+// Backward of activation(norm(x) + s), for the storage KIND and an ACTIVATION: its phases.
 
 #include <algorithm>
 #include <type_traits>
@@ -6,6 +6,7 @@
 
 #include "columns.h"
 #include "entry.h"
+#include "gradient_loops.h"
 #include "partition.h"
 #include "storage.h"
 #include "vectors.h"
@@ -13,27 +14,14 @@
 namespace resfused {
 namespace {
 
-// Of one channel or lane: the sums of dz, dz (x - mean) and dz (residual - mean).
-template <class A>
-struct Sums {
-  Pack<A> dz, dz_x, dz_residual;
-};
-
 template <class Kind, class Partition, int NORMS>
 class Backward {
   using A = typename Kind::A;
   using Elements = typename Kind::Elements;
-  using Norms = NormPacks<A, Partition>;
-  // Of dz, dz (x - mean), and dz (residual - mean).
-  static constexpr int kSumRows = 1 + NORMS;
+  using Loops = GradientLoops<Kind, Partition, NORMS>;
+  using Beside = typename Loops::Beside;
+  static constexpr int kSumRows = Loops::kSumRows;
   static constexpr bool kColumns = std::is_same_v<Partition, Columns>;
-
-  // What the loops read beside the activations, and how far rows of these and of their mask lie apart.
-  struct Beside {
-    const Rows<A>& norm;
-    const uint8_t* mask;
-    int64_t stride, mask_stride;
-  };
 
  public:
   Backward(const BackwardCall& call, const Partition& p)
@@ -45,7 +33,7 @@ class Backward {
                   (call.phases == kInputs || (call.phases == kAll && call.dy_fork && !p.channel_by_channel()))),
         writes_early_(call.phases == kLocal || (call.dz && call.phases == kSums) ||
                       (reads_dz_ && call.phases == kAll)),
-        past_(past()) {}
+        loops_(call, reads_dz_, past()) {}
 
   __attribute__((noinline)) void prepare(int64_t block) {
     each_channel(block, [&](int64_t c) {
@@ -66,9 +54,9 @@ class Backward {
       if (reduces()) std::fill_n(rows, kSumRows * sums.stride(), A(0));
       const Beside beside{norm_, call_.mask, p_.columns(), p_.mask_stride()};
       if (writes_early_) {
-        p_.spans(part, block, [&](Span s) { sum_and_write(beside, s, rows, sums.stride()); });
+        p_.spans(part, block, [&](Span s) { loops_.sum_and_write(beside, s, rows, sums.stride()); });
       } else {
-        p_.groups(part, [&](Span s, int64_t spans) { sum(beside, s, spans, rows, sums.stride()); });
+        p_.groups(part, [&](Span s, int64_t spans) { loops_.sum(beside, s, spans, rows, sums.stride()); });
       }
       for (int row = 0; reduces() && row < kSumRows; row++) {
         sums.fold(row, call_.shape.channels, p_.folded());
@@ -79,7 +67,7 @@ class Backward {
       Sums<A> sums[kChannels];
       for (int64_t c = 0; c < p_.channels_in(block); c++) sums[c] = {zeros<A>(), zeros<A>(), zeros<A>()};
       p_.spans(part, block, [&](Span s) {
-        writes_early_ ? sum_and_write(beside, s, sums[s.c - first]) : sum(beside, s, sums[s.c - first]);
+        writes_early_ ? loops_.sum_and_write(beside, s, sums[s.c - first]) : loops_.sum(beside, s, sums[s.c - first]);
       });
       for (int64_t c = 0; reduces() && c < p_.channels_in(block); c++) {
         A* rows = partials_[part * kSumRows] + first + c;
@@ -112,7 +100,7 @@ class Backward {
   __attribute__((noinline)) void second(int64_t part, int64_t block) {
     if (!applies()) return;
     const Beside beside{norm_, call_.mask, 0, 0};
-    p_.spans(part, block, [&](Span s) { apply(beside, s); });
+    p_.spans(part, block, [&](Span s) { loops_.apply(beside, s); });
     fence();
   }
 
@@ -134,7 +122,7 @@ class Backward {
     for (int row = 0; reduces() && row < NORMS * kRowsOfNorm; row++) {
       if (row % kRowsOfNorm > kShift) p_.expand(norm_[row], block, norm[row]);
     }
-    for (int64_t image = 0; applies() && image < p_.rows(); image++) apply(beside, row(image, block));
+    for (int64_t image = 0; applies() && image < p_.rows(); image++) loops_.apply(beside, row(image, block));
     fence();
   }
 
@@ -150,10 +138,10 @@ class Backward {
     A* rows = reduces() ? sums[0] : nullptr;
     if (reduces()) std::fill_n(rows, kSumRows * sums.stride(), A(0));
     if (writes_early_) {
-      for (int64_t image = 0; image < p_.rows(); image++) sum_and_write(beside, row(image, block), rows, sums.stride());
+      for (int64_t image = 0; image < p_.rows(); image++) loops_.sum_and_write(beside, row(image, block), rows, sums.stride());
     } else if (reduces()) {
       for (int64_t image = 0; image < p_.rows(); image += 8) {
-        sum(beside, row(image, block), std::min<int64_t>(8, p_.rows() - image), rows, sums.stride());
+        loops_.sum(beside, row(image, block), std::min<int64_t>(8, p_.rows() - image), rows, sums.stride());
       }
     }
     for (int64_t c = 0; reduces() && c < p_.channels_in(block); c++) {
@@ -209,7 +197,10 @@ class Backward {
   // A channel's sums: of dz, and of dz times each normalised input.
   void found(int64_t c, const double* sums) {
     if (call_.sums != nullptr) {
-      for (int row = 0; row < kSumRows; row++) stats_row(call_.sums, row)[c] = static_cast<A>(sums[row]);
+      for (int row = 0; row < kSumRows; row++) {
+        const bool is_kept = row == 0 || (row == 1 ? call_.x : call_.residual);
+        stats_row(call_.sums, row)[c] = is_kept ? static_cast<A>(sums[row]) : A(0);
+      }
     }
     if (call_.dbias) write<A>(call_.dbias, c, sums[0]);
     if (call_.dweight) write<A>(call_.dweight, c, sums[1]);
@@ -227,154 +218,13 @@ class Backward {
     norm_[row + kOffset][c] = static_cast<A>(-scale * mean_dz);
   }
 
-  // What a span reads: of the gradient dz, where ``is_dz`` says so, or dy and perhaps its second half.
-  struct Inputs {
-    Elements x, residual, gradient, fork;
-    const uint8_t* mask;
-    bool is_dz;
-  };
-  Inputs inputs(const Beside& beside, Span s, bool is_dz) const {
-    const Tensor none{nullptr, call_.dy.dtype};
-    return {Elements(call_.x) + s.at,
-            Elements(call_.residual) + s.at,
-            Elements(is_dz ? call_.dz : call_.dy) + s.at,
-            Elements(is_dz ? none : call_.dy_fork) + s.at,
-            is_dz || beside.mask == nullptr ? nullptr : beside.mask + s.bits,
-            is_dz};
-  }
-
-  // The inputs less their means, and the gradient of what the ReLU was taken of: dy where it let z through. A select,
-  // as 0 times infinity would be NaN.
-  struct Step {
-    Pack<A> centred, residual_centred, dz;
-  };
-  template <class N>
-  static INLINE Step step(const Inputs& in, int64_t row, int64_t mask_row, int64_t i, N some, const Norms& norms) {
-    const Pack<A> centred = in.x.load(row + i, some) - norms.get(0, kMean, i);
-    Pack<A> residual_centred = centred, dz = in.gradient.load(row + i, some);
-    if constexpr (NORMS == 2) residual_centred = in.residual.load(row + i, some) - norms.get(1, kMean, i);
-    if (in.fork) dz = dz + in.fork.load(row + i, some);
-    if (in.mask != nullptr) {
-      dz = keep(lanes_of<A>(load_bits<A>(in.mask + mask_row, i, some)), dz);
-    } else if (!in.is_dz) {
-      Pack<A> z = norms.affine(0, centred, i);
-      if constexpr (NORMS == 2) z = z + norms.affine(1, residual_centred, i);
-      dz = keep(passes(z), dz);
-    }
-    return {centred, residual_centred, dz};
-  }
-
-  // Where a span's gradients go: ``past`` the caches where they are large and lie on whole lines.
-  struct Outputs {
-    Elements dz, dx, dresidual;
-    bool past_dz, past_dx, past_dresidual;
-  };
-  Outputs outputs(Span s, bool dz, bool inputs) const {
-    const Tensor none{nullptr, call_.dy.dtype};
-    const Elements z = Elements(dz ? call_.dz : none) + s.at, x = Elements(inputs ? call_.dx : none) + s.at,
-                   r = Elements(inputs ? call_.dresidual : none) + s.at;
-    return {z, x, r, past_ && z.aligned(), past_ && x.aligned(), past_ && r.aligned()};
-  }
-
-  static INLINE void add(const Step& found, Sums<A>& sums) {
-    sums.dz = sums.dz + found.dz;
-    sums.dz_x = fma(found.dz, found.centred, sums.dz_x);
-    if constexpr (NORMS == 2) sums.dz_residual = fma(found.dz, found.residual_centred, sums.dz_residual);
-  }
-
-  // The sums of a span within a channel.
-  void sum(const Beside& beside, Span s, Sums<A>& of_channel) const {
-    const Inputs in = inputs(beside, s, false);
-    const Norms norms(beside.norm, s.c);
-    Sums<A> sums = of_channel;
-    walk<A>(s.n, [&](int64_t i, auto some) INLINED { add(step(in, 0, 0, i, some, norms), sums); });
-    of_channel = sums;
-  }
-
-  // The sums of as many spans over channels, one below the other, into rows.
-  void sum(const Beside& beside, Span s, int64_t spans, A* rows, int64_t apart) const {
-    const Inputs in = inputs(beside, s, false);
-    const Norms norms(beside.norm, s.c);
-    const int64_t stride = beside.stride, mask_stride = beside.mask_stride;
-    walk<A>(s.n, [&](int64_t i, auto some) INLINED {
-      Sums<A> sums = loaded(rows + i, apart);
-      for (int64_t r = 0; r < spans; r++) add(step(in, r * stride, r * mask_stride, i, some, norms), sums);
-      save(rows + i, sums, apart, some);
-    });
-  }
-
-  static INLINE Sums<A> loaded(const A* rows, int64_t stride) {
-    return {load(rows), load(rows + stride), NORMS == 2 ? load(rows + 2 * stride) : zeros<A>()};
-  }
-  template <class N>
-  static INLINE void save(A* rows, const Sums<A>& sums, int64_t stride, N some) {
-    const Typed<A> at(rows);
-    at.store(0, some, sums.dz, false);
-    at.store(stride, some, sums.dz_x, false);
-    if constexpr (NORMS == 2) at.store(2 * stride, some, sums.dz_residual, false);
-  }
-
-  // The gradients that need no sums, and the sums within a channel.
-  void sum_and_write(const Beside& beside, Span s, Sums<A>& of_channel) const {
-    Sums<A> sums = of_channel;
-    write_early(beside, s, [&](int64_t, auto, const Step& found) INLINED { add(found, sums); });
-    of_channel = sums;
-  }
-
-  // The same over channels, with sums where there are rows for them.
-  void sum_and_write(const Beside& beside, Span s, A* rows, int64_t apart) const {
-    write_early(beside, s, [&](int64_t i, auto some, const Step& found) INLINED {
-      if (rows == nullptr) return;
-      Sums<A> sums = loaded(rows + i, apart);
-      add(found, sums);
-      save(rows + i, sums, apart, some);
-    });
-  }
-
-  template <class Add>
-  void write_early(const Beside& beside, Span s, Add add_up) const {
-    const Inputs in = inputs(beside, s, false);
-    const Outputs out = outputs(s, true, call_.phases == kLocal);
-    const Norms norms(beside.norm, s.c);
-    walk<A>(s.n, [&](int64_t i, auto some) INLINED {
-      const Step found = step(in, 0, 0, i, some, norms);
-      add_up(i, some, found);
-      if (out.dz) out.dz.store(i, some, found.dz, out.past_dz);
-      if (out.dx) out.dx.store(i, some, found.dz * norms.get(0, kScale, i), out.past_dx);
-      if constexpr (NORMS == 2) {
-        if (out.dresidual) out.dresidual.store(i, some, found.dz * norms.get(1, kScale, i), out.past_dresidual);
-      }
-    });
-  }
-
-  // The gradients that waited for the sums.
-  void apply(const Beside& beside, Span s) const {
-    const Inputs in = inputs(beside, s, reads_dz_);
-    const Outputs out = outputs(s, call_.phases == kAll && !reads_dz_, true);
-    const Norms norms(beside.norm, s.c);
-    walk<A>(s.n, [&](int64_t i, auto some) INLINED {
-      const Step found = step(in, 0, 0, i, some, norms);
-      if (out.dz) out.dz.store(i, some, found.dz, out.past_dz);
-      if (out.dx) out.dx.store(i, some, input_gradient(norms, 0, found.dz, found.centred, i), out.past_dx);
-      if constexpr (NORMS == 2) {
-        if (out.dresidual) {
-          const Pack<A> value = input_gradient(norms, 1, found.dz, found.residual_centred, i);
-          out.dresidual.store(i, some, value, out.past_dresidual);
-        }
-      }
-    });
-  }
-  static INLINE Pack<A> input_gradient(const Norms& norms, int norm, Pack<A> dz, Pack<A> centred, int64_t i) {
-    const Pack<A> rest = fma(centred, norms.get(norm, kSlope, i), norms.get(norm, kOffset, i));
-    return fma(dz, norms.get(norm, kScale, i), rest);
-  }
-
   const BackwardCall& call_;
   const Partition& p_;
   Rows<A> norm_, partials_;
   // Whether the last phase finds dz written: where that is less to read than two halves of dy.
   const bool reads_dz_;
-  const bool writes_early_, past_;
+  const bool writes_early_;
+  const Loops loops_;
 };
 
 template <class Kind, class Partition>

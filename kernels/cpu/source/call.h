@@ -27,6 +27,15 @@ struct Activation {
   int64_t numel() const { return values() * channels; }
 };
 
+// What a node ends in, by its place in ACTIVATIONS of Python's; ``negative_slope`` is the leaky ReLU's.
+enum Functions : int64_t {
+  kIdentity, kRelu, kRelu6, kHardsigmoid, kLeakyRelu, kSilu, kHardswish, kGelu, kGeluTanh, kSigmoid
+};
+struct Function {
+  int64_t name;
+  double negative_slope;
+};
+
 // The threads to use; bytes of the cache of one core, and of the last one.
 struct Machine {
   int64_t threads, core_cache, shared_cache;
@@ -44,12 +53,14 @@ struct ForwardCall {
   uint8_t* mask;
   char* stats;
   Norm norm, residual_norm;
+  Function activation;
 };
 
 // kAll: sums, then the inputs' gradients. kSums: the first phase of it. kInputs: the second, given the means of the
 // sums. kLocal: frozen statistics, with which every gradient of an input is local.
 enum Phases : int64_t { kAll, kSums, kInputs, kLocal };
 
+// What was not kept, x or the residual, is none; the results that depend on it are not wanted.
 struct BackwardCall {
   Activation shape;
   Machine machine;
@@ -60,6 +71,7 @@ struct BackwardCall {
   char* sums;
   Norm norm, residual_norm;
   Tensor dweight, dbias, dresidual_weight, dresidual_bias;
+  Function activation;
 };
 
 }  // namespace resfused

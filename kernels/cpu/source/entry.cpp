@@ -61,7 +61,7 @@ RESFUSED_API int resfused_forward(const void* record) {
 RESFUSED_API int resfused_backward(const void* record) {
   using namespace resfused;
   return guarded<BackwardCall>(record, [](const BackwardCall& c) {
-    switch (common_dtype({c.x, c.residual, c.dy, c.dy_fork, c.dz, c.dx, c.dresidual})) {
+    switch (common_dtype({c.dy, c.dy_fork, c.x, c.residual, c.dz, c.dx, c.dresidual})) {
       case kFloat32: return backward<Float32Kind>(c);
       case kBFloat16: return backward<BFloat16Kind>(c);
       case kWide: return backward<WideKind>(c);

@@ -1,9 +1,11 @@
-// Forward of relu(norm(x) + s), for the storage KIND: statistics, their merge, normalise + add + ReLU.
+// Forward of activation(norm(x) + s), for the storage KIND and an ACTIVATION: statistics, their merge, the rest.
 
 #include <algorithm>
 #include <type_traits>
 #include <vector>
 
+#include "activations/any.h"
+#include "activations/relu.h"
 #include "columns.h"
 #include "entry.h"
 #include "pages.h"
@@ -150,6 +152,7 @@ class Forward {
   template <class Norms>
   void normalise(Elements x, Elements residual, Elements y, uint8_t* mask, int64_t n, const Norms& norms) const {
     const bool past = past_ && y.aligned();
+    const ACTIVATION<A> activation(call_.activation);
     walk<A>(n, [&](int64_t i, auto some) INLINED {
       Pack<A> z = norms.affine(0, x.load(i, some) - norms.get(0, kMean, i), i);
       if constexpr (NORMS == 1) {
@@ -157,9 +160,8 @@ class Forward {
       } else {
         z = z + norms.affine(1, residual.load(i, some) - norms.get(1, kMean, i), i);
       }
-      const auto on = passes(z);
-      y.store(i, some, keep(on, z), past);
-      if (mask != nullptr) store_bits<A>(mask, i, some, bits<A>(on));
+      y.store(i, some, activation.value(z), past);
+      if (mask != nullptr) store_bits<A>(mask, i, some, bits<A>(activation.on(z)));
     });
   }
 

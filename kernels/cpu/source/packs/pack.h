@@ -1,9 +1,11 @@
 // A pack: elements of float or double, eight times a power of two, that move together, in the registers of the
 // instruction set compiled for.
 //
-// all, + - *, fma; load and store of a whole pack or its first n lanes, stream (a store past the caches, aligned).
-// Lanes are chosen by passes(z), z > 0 or NaN; keep(lanes, a) is a there and 0 elsewhere; bits and lanes_of turn
-// lanes into the bits of an integer and back, the first lane the lowest.
+// all, + - *, fma, reciprocal, magnitude; lesser(bound, a) and greater(bound, a), NaN where a is; scaled(a, n), a 2^n of
+// float with a whole n from -252 to 0. load and store of a whole pack or its first n lanes, stream (a store past the
+// caches, aligned). Lanes are chosen by passes(z), z > 0 or NaN, and positive(z), not NaN; both(lanes, others);
+// keep(lanes, a) is a there and 0 elsewhere, select(lanes, a, b) b; bits and lanes_of turn lanes into the bits of an
+// integer and back, the first lane the lowest.
 #pragma once
 
 #include <cstdint>

@@ -53,6 +53,44 @@ INLINE Pack<double> fma(Pack<double> a, Pack<double> b, Pack<double> c) {
   return {_mm256_fmadd_pd(a.lo, b.lo, c.lo), _mm256_fmadd_pd(a.hi, b.hi, c.hi)};
 }
 
+INLINE Pack<float> lesser(Pack<float> bound, Pack<float> a) {
+  return {_mm256_min_ps(bound.lo, a.lo), _mm256_min_ps(bound.hi, a.hi)};
+}
+INLINE Pack<double> lesser(Pack<double> bound, Pack<double> a) {
+  return {_mm256_min_pd(bound.lo, a.lo), _mm256_min_pd(bound.hi, a.hi)};
+}
+INLINE Pack<float> greater(Pack<float> bound, Pack<float> a) {
+  return {_mm256_max_ps(bound.lo, a.lo), _mm256_max_ps(bound.hi, a.hi)};
+}
+INLINE Pack<double> greater(Pack<double> bound, Pack<double> a) {
+  return {_mm256_max_pd(bound.lo, a.lo), _mm256_max_pd(bound.hi, a.hi)};
+}
+INLINE Pack<float> magnitude(Pack<float> a) {
+  const __m256 sign = _mm256_set1_ps(-0.f);
+  return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+INLINE Pack<double> magnitude(Pack<double> a) {
+  const __m256d sign = _mm256_set1_pd(-0.);
+  return {_mm256_andnot_pd(sign, a.lo), _mm256_andnot_pd(sign, a.hi)};
+}
+INLINE Pack<float> reciprocal(Pack<float> a) {
+  const __m256 one = _mm256_set1_ps(1);
+  return {_mm256_div_ps(one, a.lo), _mm256_div_ps(one, a.hi)};
+}
+INLINE Pack<double> reciprocal(Pack<double> a) {
+  const __m256d one = _mm256_set1_pd(1);
+  return {_mm256_div_pd(one, a.lo), _mm256_div_pd(one, a.hi)};
+}
+// 2^n in two factors, of which none is subnormal.
+INLINE __m256 power_of_two(__m256i n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+INLINE __m256 scaled(__m256 a, __m256 n) {
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+  return _mm256_mul_ps(_mm256_mul_ps(a, power_of_two(half)), power_of_two(_mm256_sub_epi32(whole, half)));
+}
+INLINE Pack<float> scaled(Pack<float> a, Pack<float> n) { return {scaled(a.lo, n.lo), scaled(a.hi, n.hi)}; }
+
 INLINE Pack<float>::Lanes passes(Pack<float> z) {
   const __m256 zero = _mm256_setzero_ps();
   return {_mm256_cmp_ps(z.lo, zero, _CMP_NLE_UQ), _mm256_cmp_ps(z.hi, zero, _CMP_NLE_UQ)};
@@ -60,6 +98,26 @@ INLINE Pack<float>::Lanes passes(Pack<float> z) {
 INLINE Pack<double>::Lanes passes(Pack<double> z) {
   const __m256d zero = _mm256_setzero_pd();
   return {_mm256_cmp_pd(z.lo, zero, _CMP_NLE_UQ), _mm256_cmp_pd(z.hi, zero, _CMP_NLE_UQ)};
+}
+INLINE Pack<float>::Lanes positive(Pack<float> z) {
+  const __m256 zero = _mm256_setzero_ps();
+  return {_mm256_cmp_ps(z.lo, zero, _CMP_GT_OQ), _mm256_cmp_ps(z.hi, zero, _CMP_GT_OQ)};
+}
+INLINE Pack<double>::Lanes positive(Pack<double> z) {
+  const __m256d zero = _mm256_setzero_pd();
+  return {_mm256_cmp_pd(z.lo, zero, _CMP_GT_OQ), _mm256_cmp_pd(z.hi, zero, _CMP_GT_OQ)};
+}
+INLINE Pack<float>::Lanes both(Pack<float>::Lanes lanes, Pack<float>::Lanes others) {
+  return {_mm256_and_ps(lanes.lo, others.lo), _mm256_and_ps(lanes.hi, others.hi)};
+}
+INLINE Pack<double>::Lanes both(Pack<double>::Lanes lanes, Pack<double>::Lanes others) {
+  return {_mm256_and_pd(lanes.lo, others.lo), _mm256_and_pd(lanes.hi, others.hi)};
+}
+INLINE Pack<float> select(Pack<float>::Lanes lanes, Pack<float> a, Pack<float> b) {
+  return {_mm256_blendv_ps(b.lo, a.lo, lanes.lo), _mm256_blendv_ps(b.hi, a.hi, lanes.hi)};
+}
+INLINE Pack<double> select(Pack<double>::Lanes lanes, Pack<double> a, Pack<double> b) {
+  return {_mm256_blendv_pd(b.lo, a.lo, lanes.lo), _mm256_blendv_pd(b.hi, a.hi, lanes.hi)};
 }
 INLINE Pack<float> keep(Pack<float>::Lanes lanes, Pack<float> a) {
   return {_mm256_and_ps(lanes.lo, a.lo), _mm256_and_ps(lanes.hi, a.hi)};

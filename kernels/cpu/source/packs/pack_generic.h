@@ -82,10 +82,50 @@ INLINE typename Pack<A>::Lanes passes(Pack<A> z) {
   return {{~(z.r[0] <= zero), ~(z.r[1] <= zero), ~(z.r[2] <= zero), ~(z.r[3] <= zero)}};
 }
 template <class A>
+INLINE typename Pack<A>::Lanes positive(Pack<A> z) {
+  const typename Pack<A>::Values zero = {};
+  return {{z.r[0] > zero, z.r[1] > zero, z.r[2] > zero, z.r[3] > zero}};
+}
+template <class Lanes>
+INLINE Lanes both(Lanes lanes, Lanes others) {
+  for (int i = 0; i < 4; i++) lanes.r[i] &= others.r[i];
+  return lanes;
+}
+template <class A>
 INLINE Pack<A> keep(typename Pack<A>::Lanes lanes, Pack<A> a) {
   using Values = typename Pack<A>::Values;
   using Integers = typename Registers<A>::Lanes;
   return each<A>([&](int i) { return (Values)((Integers)a.r[i] & lanes.r[i]); });
+}
+template <class A>
+INLINE Pack<A> select(typename Pack<A>::Lanes lanes, Pack<A> a, Pack<A> b) {
+  return each<A>([&](int i) { return lanes.r[i] ? a.r[i] : b.r[i]; });
+}
+template <class A>
+INLINE Pack<A> lesser(Pack<A> bound, Pack<A> a) {
+  return each<A>([&](int i) { return bound.r[i] < a.r[i] ? bound.r[i] : a.r[i]; });
+}
+template <class A>
+INLINE Pack<A> greater(Pack<A> bound, Pack<A> a) {
+  return each<A>([&](int i) { return bound.r[i] > a.r[i] ? bound.r[i] : a.r[i]; });
+}
+template <class A>
+INLINE Pack<A> magnitude(Pack<A> a) {
+  return each<A>([&](int i) { return a.r[i] < 0 ? -a.r[i] : a.r[i]; });
+}
+template <class A>
+INLINE Pack<A> reciprocal(Pack<A> a) {
+  return each<A>([&](int i) { return 1 / a.r[i]; });
+}
+// 2^n in two factors, of which none is subnormal.
+INLINE Pack<float> scaled(Pack<float> a, Pack<float> n) {
+  using Values = Pack<float>::Values;
+  return each<float>([&](int i) {
+    // Of NaN, which stays one, no integer can be made.
+    const auto whole = __builtin_convertvector(n.r[i] < 0 ? n.r[i] : Values{}, Registers<float>::Lanes);
+    const auto half = whole >> 1;
+    return a.r[i] * (Values)((half + 127) << 23) * (Values)((whole - half + 127) << 23);
+  });
 }
 template <class A>
 INLINE uint32_t bits(typename Pack<A>::Lanes lanes) {

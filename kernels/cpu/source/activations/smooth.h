@@ -1,0 +1,15 @@
+// silu, sigmoid and gelu in both forms, and their derivatives: compiled once, not into every loop. A call costs some 20
+// cycles of the 80 or more that memory takes for a pack.
+#pragma once
+
+#include "../call.h"
+#include "../packs/pack.h"
+
+namespace resfused {
+
+Pack<float> smooth(int64_t name, Pack<float> z);
+Pack<double> smooth(int64_t name, Pack<double> z);
+Pack<float> smooth_slope(int64_t name, Pack<float> z);
+Pack<double> smooth_slope(int64_t name, Pack<double> z);
+
+}  // namespace resfused
