@@ -38,6 +38,16 @@ def activate(z: Tensor, activation: Activation) -> Tensor:
     return _FUNCTIONS[activation.name](z)
 
 
+def takes_first_slope(z: Tensor, activation: Activation) -> Tensor:
+    """Where the derivative is the first of ``activation.slopes``."""
+    # NaN is not <= 0: a ReLU passes it, and its gradient.
+    if activation.name == "relu":
+        return ~(z <= 0)
+    if activation.name == "relu6":
+        return ~((z <= 0) | (z >= 6))
+    return z > 0 if activation.name == "leaky_relu" else (z > -3) & (z < 3)
+
+
 def batch_norm_act(
     input: Tensor,
     running_mean: Tensor | None,

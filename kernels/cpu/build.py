@@ -164,7 +164,14 @@ def _ninja() -> str:
 
 def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
     """A hash of all that the libraries depend on."""
-    parts = [platform.machine(), instruction_set(), *compiler, _output([*compiler, "--version"]), *flags, str(LIBRARIES)]
+    parts = [
+        platform.machine(),
+        instruction_set(),
+        *compiler,
+        _output([*compiler, "--version"]),
+        *flags,
+        str(LIBRARIES),
+    ]
     for source in sorted(SOURCES.rglob("*.*")):
         parts += [source.name, source.read_text()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

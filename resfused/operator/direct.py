@@ -51,12 +51,12 @@ def forward(
     kernels = require_kernels(x)
     if not training:
         with on_device_of(x):
-            return kernels.forward(x, residual, prepared(norm), prepared(residual_norm), False, masked)
+            return kernels.forward(x, residual, prepared(norm), prepared(residual_norm), False, masked, activation)
     if residual_norm is not None and _share_statistics(norm, residual_norm):
         return _forward_in_turn(x, residual, norm, residual_norm, activation, masked)
     used, residual_used = prepared(norm), prepared(residual_norm)
     with on_device_of(x):
-        results = kernels.forward(x, residual, used, residual_used, True, masked)
+        results = kernels.forward(x, residual, used, residual_used, True, masked, activation)
     _write_back(norm, used)
     if residual_norm is not None:
         _write_back(residual_norm, residual_used)

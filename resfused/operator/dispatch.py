@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from .. import reference
 from ..backend import backend_for
-from ..kernels.activation import RELU, Activation
+from ..kernels.activation import Activation
 from ..kernels.call import Norm
 from . import direct, traced
 from .function import FusedResidualBlock
@@ -29,7 +29,7 @@ def normalise_add_activate(
     With ``forked`` the two are tensors of their own where the kernels run (see ``FusedResidualBlock``), else one and
     the same. The arguments have passed ``check_call``.
     """
-    if _is_transformed() or activation != RELU or backend_for(input) == "torch":
+    if _is_transformed() or backend_for(input) == "torch":
         y = _plain(input, residual, norm, residual_norm, activation, training)
         return y, y
     weight, bias, residual_weight, residual_bias, running, numbers = arguments(norm, residual_norm)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..backend import require_kernels
 from ..kernels.activation import IDENTITY, Activation
-from ..kernels.call import Gradients, Kept, Norm, ToKeep, to_keep
+from ..kernels.call import Gradients, Kept, Norm, to_keep
 from ..kernels.geometry import with_strides
-from ..reference import activate
+from ..reference import activate, takes_first_slope
 from . import direct, traced
 from .packed import NO_RUNNING, Numbers, norms_of, wanted_of
 
@@ -48,7 +48,6 @@ class FusedResidualBlock(torch.autograd.Function):
         norms = norms_of(parameters, running, numbers)
         wanted = wanted_of(ctx.needs_input_grad)
         keep = to_keep(residual is not None, numbers.norm_residual, training, activation, wanted)
-        keep = ToKeep(True, numbers.norm_residual, residual is not None and not numbers.norm_residual)
         y, mask, stats = run.forward(input, residual, *norms, activation, training, keep.mask)
         ctx.numbers, ctx.activation = numbers, activation
         ctx.dtypes = input.dtype, None if residual is None else residual.dtype
@@ -98,9 +97,9 @@ def passes_on(activation: Activation, norm_residual: bool, dy_fork: Tensor | Non
 def _differentiable_backward(dy: Tensor, kept: Kept, wanted: Gradients) -> list[Tensor | None]:
     """The wanted gradients in differentiable PyTorch operators, for ``create_graph=True``.
 
-    By the bits of the mask or by the activation's own gradient dy becomes dz; what is left is that of a batch norm.
+    The activation makes dz of dy; what is left is the gradient of a batch norm.
     """
-    input, x_dtype, residual, residual_dtype, mask, stats, norm, second, activation = kept
+    input, x_dtype, residual, residual_dtype, _, stats, norm, second, _ = kept
     training = stats is not None
 
     def of(x: Tensor | None, dtype: torch.dtype | None) -> Tensor:
@@ -117,14 +116,7 @@ def _differentiable_backward(dy: Tensor, kept: Kept, wanted: Gradients) -> list[
     outputs = [batch_norm(x, norm)]
     if second is not None:
         outputs.append(batch_norm(cast(Tensor, second_x), second))
-    if mask is not None:
-        on = require_kernels(dy).unpack_mask(mask, dy if input is None else input)
-        slope, other_slope = cast(tuple[float, float], activation.slopes)
-        dz = torch.where(on, dy * slope, dy * other_slope if other_slope else 0)
-    else:
-        added = outputs[1:] if second is not None or residual is None else [residual]
-        z = sum(added, outputs[0])
-        (dz,) = torch.autograd.grad(activate(z, activation), z, dy, create_graph=True)
+    dz = _before_activation(dy, outputs, kept)
     # A residual without a norm is none of these: its gradient is dz.
     of_inputs = Gradients(x, second_x, norm.weight, norm.bias, *((None, None) if second is None else second[:2]))
     leaves = [t for t, want in zip(of_inputs, wanted, strict=True) if want and t is not None]
@@ -134,3 +126,21 @@ def _differentiable_backward(dy: Tensor, kept: Kept, wanted: Gradients) -> list[
         None if not want else dz.to(residual_dtype) if t is None else next(found)
         for t, want in zip(of_inputs, wanted, strict=True)
     ]
+
+
+def _before_activation(dy: Tensor, outputs: list[Tensor], kept: Kept) -> Tensor:
+    """dz, by the bits of the mask or from z, the sum of the norms' ``outputs`` and of a residual that has none."""
+    activation, mask = kept.activation, kept.mask
+    if activation == IDENTITY:
+        return dy
+    if mask is None:
+        alone = kept.residual if kept.residual_norm is None else None
+        z = sum(outputs[1:] if alone is None else [alone], outputs[0])
+        if activation.slopes is None:
+            return torch.autograd.grad(activate(z, activation), z, dy, create_graph=True)[0]
+        first = takes_first_slope(z, activation)
+    else:
+        first = require_kernels(dy).unpack_mask(mask, dy if kept.x is None else kept.x)
+    slope, other_slope = cast(tuple[float, float], activation.slopes)
+    # A select: 0·inf would be NaN.
+    return torch.where(first, dy * slope, dy * other_slope if other_slope else 0)

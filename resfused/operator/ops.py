@@ -77,7 +77,7 @@ def _normalise(x: Tensor, residual: Tensor | None, stats: Tensor, *rest: Any) ->
     affine = Affine(*values)
     norms = map(direct.prepared, affine.norms())
     with direct.on_device_of(x):
-        y, mask = require_kernels(x).normalise(x, residual, stats, *norms, masked)
+        y, mask = require_kernels(x).normalise(x, residual, stats, *norms, masked, affine.follows)
     return y, _or_empty(mask, x)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.activation import IDENTITY
-from ..reference import activate
+from ..reference import activate, takes_first_slope
 from .packed import Affine
 
 
@@ -34,7 +34,7 @@ def normalise(x: Tensor, residual: Any, stats: Tensor, *rest: Any) -> tuple[Tens
     affine = Affine(*values)
     z = _sum_of(x, residual, stats, affine)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    mask = _bits(z, affine.activation) if masked else z.new_empty(0, dtype=torch.bool)
+    mask = takes_first_slope(z, affine.follows) if masked else z.new_empty(0, dtype=torch.bool)
     return activate(z, affine.follows).to(dtype), mask
 
 
@@ -44,15 +44,6 @@ def _sum_of(x: Tensor, residual: Any, stats: Tensor, affine: Affine) -> Tensor:
     if affine.norm_residual:
         return z + _affine(_normalised(residual, stats[2:]), affine.residual_weight, affine.residual_bias)
     return z if residual is None else z + residual
-
-
-def _bits(z: Tensor, activation: str) -> Tensor:
-    # NaN is not <= 0: a ReLU passes it, and its gradient.
-    if activation == "relu":
-        return ~(z <= 0)
-    if activation == "relu6":
-        return ~((z <= 0) | (z >= 6))
-    return z > 0 if activation == "leaky_relu" else (z > -3) & (z < 3)
 
 
 def local_sums(
@@ -148,7 +139,11 @@ def _dz(
     if slopes is None:
         return _SMOOTH[affine.activation](dy, _sum_of(x, residual, stats, affine))
     # An empty batch has an empty mask.
-    bits = mask if mask.numel() or not dy.numel() else _bits(_sum_of(x, residual, stats, affine), affine.activation)
+    bits = (
+        mask
+        if mask.numel() or not dy.numel()
+        else takes_first_slope(_sum_of(x, residual, stats, affine), affine.follows)
+    )
     return torch.where(bits.view(dy.shape), dy * slopes[0], dy * slopes[1] if slopes[1] else 0)
 
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backend import backend_for
-from ..kernels.activation import RELU, Activation
-from ..kernels.call import Norm, ToKeep, to_keep
+from ..kernels.activation import Activation
+from ..kernels.call import Norm, to_keep
 from ..kernels.geometry import with_strides
 from . import ops, phases
 from .function import passes_on
@@ -63,12 +63,7 @@ class SynchronisedResidualBlock(torch.autograd.Function):
         keep = to_keep(
             residual is not None, numbers.norm_residual, True, affine.follows, wanted_of(ctx.needs_input_grad)
         )
-        keep = (
-            ToKeep(True, numbers.norm_residual, residual is not None and not numbers.norm_residual)
-            if affine.follows == RELU
-            else keep
-        )
-        ctx.backend = backend_for(input) if affine.follows == RELU else "torch"
+        ctx.backend = backend_for(input)
         phase = _phases(ctx.backend)
         count = input.numel() // input.shape[1]
         local = phase.local_statistics(input, residual, numbers.norm_residual)
