@@ -29,6 +29,7 @@ NATIVE = "test_native.py::test_values_of_many_elements"
 NATIVE_PAST = "test_native.py::test_stores_past_the_caches"
 NATIVE_THREADS = "test_native.py::test_same_bits_whatever_the_threads"
 HOOKS = "test_fuse_hooks.py"
+RECOMPUTATION = "test_recomputation.py"
 
 # fmt: off
 BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
@@ -330,7 +331,7 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "named arguments ignored": "«given.pop(self.names[i], self.defaults[i])→self.defaults[i]»"},
     ("fused_forward.py", "test_fuse_parallel.py::test_replicas_of_data_parallel"): {
         "replica computes with the original":
-            "«FusedForward(replica, self.plans, self.places, self.refused).put_on()→pass»"},
+            "«FusedForward(replica, self.plans, self.places, self.refused, self.recomputed).put_on()→pass»"},
     ("fused_forward.py", f"{HOOKS}::test_a_hook_on_a_norm_that_reads_a_pair"): {
         "hooked norm reads half a gradient": "not is_norm(norm)« or is_watched(norm)→»"},
     ("matching.py", f"{REASONS} -k twice"): {
@@ -377,8 +378,35 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "what a dropout drops not noted": "in skipped:\n            «self._take_for_granted(str(node.target))→pass»"},
     ("drafting.py", "test_fuse_zoo.py::test_no_forward_is_replaced_where_nothing_is_fused"): {
         "forward replaced in vain": "for draft in ordered if draft.sites or «draft.hands_on→True»"},
+    ("recomputation.py", f"{RECOMPUTATION}::test_a_step"): {
+        "made with another's statistics":
+            "self.phase = «phase→next((e.phase for e in _offers.values()), phase)»\n        self.taken",
+        "made without the shortcut that nobody keeps":
+            "len(sources) == («1 if residual is None else 2→len(sources)»)"},
+    ("recomputation.py", f"{RECOMPUTATION} -k shared"): {
+        "freed by the first of its users": "handle.made = «made→None»",
+        "not freed by its last user": "made, self.made = self.made, «None→self.made»"},
+    ("recomputation.py", f"{RECOMPUTATION} -k head"): {
+        "sources freed with the graph of another":
+            "self.sources = «sources→[weakref.proxy(s) for s in sources]»\n        self.phase = phase\n        self.h"},
+    ("last_phase.py", f"{RECOMPUTATION} -k head"): {
+        "parameters that an optimizer changes": "t.detach()«.clone()→»"},
+    ("recomputation.py", f"{RECOMPUTATION} -k in_place"): {
+        "change in place not seen": "if «self.tensor._version != self.version→False»",
+        "change of the output not seen": "«self.witness.unpack()→pass»",
+        "output made again that was changed": "«y._version != self.version or →»"},
+    ("recomputation.py", f"{RECOMPUTATION} -k views"): {
+        "view taken for the whole": "return made[0]«.as_strided(*self.place)→»"},
+    ("recomputation.py", f"{RECOMPUTATION} -k hooks_of_others"): {
+        "hooks of others put out of force": "if «_hooks() is not None or →»not torch"},
+    ("drafting.py", f"{RECOMPUTATION}::test_a_step"): {
+        "batches of a recomputed place counted twice":
+            "with graph.inserting_after(site.output):\n        «→graph.node_copy(call)\n        »graph"},
+    ("planning.py", f"{RECOMPUTATION} -k cannot_be_traced"): {
+        "the model's own call not seen":
+            "«forwards.append(FusedForward(self.model, {}, (), *self._paths(self.model)))→pass»"},
     ("fused_forward.py", "test_fuse_calls.py::test_a_new_call_keeps_to_the_filter"): {
-        "filter lost for new calls": "plans_of(self.module, call, «self.refused→frozenset()»)"},
+        "filter lost for new calls": "plans_of(self.module, call, «self.refused→frozenset()», self"},
     ("checking.py", "test_check.py"): {
         "check changes statistics": "module._buffers[name] = buffer«.copy_(value)→»",
         "check changes modes": "            module.training = «mode→True»",

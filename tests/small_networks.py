@@ -104,7 +104,7 @@ def chain() -> nn.Sequential:
 
 
 def fused_and_eager(
-    model: nn.Module, device: torch.device, dtype: torch.dtype = torch.float64
+    model: nn.Module, device: torch.device, dtype: torch.dtype = torch.float64, recompute: bool = False
 ) -> tuple[nn.Module, nn.Module]:
     """The model fused, and as it was; no parameter or statistic has a value that would hide an error."""
     for module in model.modules():
@@ -115,7 +115,7 @@ def fused_and_eager(
             nn.init.uniform_(module.running_var, 0.5, 1.5)
     eager = model.to(device, dtype)
     fused = copy.deepcopy(eager)
-    report = resfused.fuse_(fused)
+    report = resfused.fuse_(fused, recompute=recompute)
     assert not report.left
     return fused, eager
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx, nn
 
 from ..norms import is_norm, is_watched
+from ..recomputation import offer
 from .fused_forward import Kind, Plan
 from .matching import Matcher, Site, is_called_once, is_fresh, result_of, uses
 from .reading.signature import Call, call_of, plain_call
@@ -35,7 +37,10 @@ class Draft:
     def depends_on_mode(self) -> bool:
         return any(name == "training" for _, name in self.reads)
 
-    def plan(self) -> Plan:
+    def plan(self, recomputed: Collection[str]) -> Plan:
+        for site in self.sites:
+            if all(path in recomputed for path in site.norms):
+                _offer_output(self.graph, site)
         code = self.graph.python_code("self")
         return Plan(
             code.src, code.globals, self.takes_pair or self.gives_pair, self.takes_pair,
@@ -44,13 +49,16 @@ class Draft:
         )  # fmt: skip
 
 
-def plans(drafts: list[Draft]) -> tuple[Plan, ...]:
-    """Of the same call in training and evaluation, those that run other code than the module's own."""
+def plans(drafts: list[Draft], recomputed: Collection[str] = ()) -> tuple[Plan, ...]:
+    """Of the same call in training and evaluation, those that run other code than the module's own.
+
+    ``recomputed``: the paths of the norms of whose places the output is made again in the backward.
+    """
     if not any(draft.depends_on_mode for draft in drafts):
         drafts = drafts[:1]
     # What asks for the mode before what holds in both.
     ordered = sorted(drafts, key=lambda draft: not draft.depends_on_mode)
-    return tuple(draft.plan() for draft in ordered if draft.sites or draft.hands_on)
+    return tuple(draft.plan(recomputed) for draft in ordered if draft.sites or draft.hands_on)
 
 
 class Drafter:
@@ -191,6 +199,18 @@ class Drafter:
             draft.containers[moved_path] = Container(moved_path, container.names)
         draft.kinds[path] = Kind(path, type(module))
         draft.inlined.append(path)
+
+
+def _offer_output(graph: fx.Graph, site: Site) -> None:
+    """Lets the output of the place be made again in the backward."""
+    call: Any = site.output if site.functional else site.output.args[0]
+    if site.functional:
+        own, residual, other, _ = call.args
+        input, residual = own[0], residual if other is None else other[0]
+    else:
+        _, input, residual, *_ = call.args
+    with graph.inserting_after(site.output):
+        graph.call_function(offer, (site.output, input, residual))
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from .reasons import left
 from .report import Report
 
 
-def fuse_(model: nn.Module, filter_fn: Filter | None = None) -> Report:
+def fuse_(model: nn.Module, filter_fn: Filter | None = None, recompute: Filter | bool = False) -> Report:
     """Fuses every BatchNorm of ``model`` that a ReLU follows, directly or after the addition of a shortcut. In place.
 
     What a module's ``forward`` computes is traced with torch.fx; where it computes relu(norm(x) + s) it is given an
@@ -24,13 +24,20 @@ def fuse_(model: nn.Module, filter_fn: Filter | None = None) -> Report:
 
     ``filter_fn(module, qualified_name)``: whether to fuse this BatchNorm; all by default.
 
+    ``recompute``, or ``recompute(module, qualified_name)`` for this BatchNorm: the output of the place is not kept
+    between forward and backward for the convolution, linear layer or pooling that wants it there, but made again from
+    what is kept anyway: by one kernel, which reads and writes it once, bit for bit. See ``resfused.recomputation``.
+
     Returns what was fused, and what was left and why. Raises, before anything is changed: TypeError where ``model`` is
-    not a module or ``filter_fn`` not callable; ValueError where ``model`` is compiled already.
+    not a module, ``filter_fn`` not callable or ``recompute`` neither a bool nor callable; ValueError where ``model`` is
+    compiled already.
     """
     _check(model, filter_fn)
+    if not isinstance(recompute, bool) and not callable(recompute):
+        raise TypeError(f"recompute must be a bool or callable, but got {type(recompute).__name__}")
 
     def planned() -> tuple[list[FusedForward], Report]:
-        planner = Planner(model, filter_fn)
+        planner = Planner(model, filter_fn, recompute)
         fused = planner.fused()
         return planner.forwards(), Report(fused, left(planner, fused), _on_kernels(model))
 

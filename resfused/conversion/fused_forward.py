@@ -24,6 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..blocks import ForkedBlock, takes_pairs
 from ..norms import is_norm, is_watched
+from ..recomputation import recomputing
 from .reading.signature import Call, parameters, plain_signature
 from .reading.tracing import Container, Read
 
@@ -136,6 +137,7 @@ class FusedForward:
         plans: dict[str, tuple[Plan, ...]],
         places: tuple[str, ...],
         refused: frozenset[str] = frozenset(),
+        recomputed: frozenset[str] = frozenset(),
     ):
         self.module = module
         self.parameters = parameters(module)
@@ -146,6 +148,8 @@ class FusedForward:
         """Of each: its form, and in brackets its norms."""
         self.refused = refused
         """The paths of the norms that are not to be fused."""
+        self.recomputed = recomputed
+        """The paths of the norms of whose places the output is made again in the backward."""
 
     def put_on(self) -> None:
         """Not as parameters, buffers or submodules: they lie in the instance's dictionary, over the class's methods."""
@@ -159,6 +163,12 @@ class FusedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _is_looked_into():
             return type(self.module).forward(self.module, *args, **kwargs)
+        if not self.recomputed:
+            return self._call(args, kwargs)
+        with recomputing():
+            return self._call(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self.parameters.call(args, kwargs)
         plan = None if call is None else self._plan(call)
         if call is None or plan is None:
@@ -172,14 +182,16 @@ class FusedForward:
     def replica(self) -> nn.Module:
         """What nn.DataParallel asks of a module: a shallow copy, which would have the forward of the original."""
         replica = type(self.module)._replicate_for_data_parallel(self.module)
-        FusedForward(replica, self.plans, self.places, self.refused).put_on()
+        FusedForward(replica, self.plans, self.places, self.refused, self.recomputed).put_on()
         return replica
 
     def extra_repr(self) -> str:
         """What the module's repr says of it, and in a line of its own what is fused."""
         own = type(self.module).extra_repr(self.module)
         what = ", ".join(self.places) or "pairs handed on"
-        if not any(plan.holds(self.module) for plans in self.plans.values() for plan in plans):
+        if not any(self.plans.values()):
+            what = "outputs made again in the backward"
+        elif not any(plan.holds(self.module) for plans in self.plans.values() for plan in plans):
             what = "no more: the module has changed, call fuse_ again"
         return "\n".join([own] * bool(own) + [f"fused: {what}"])
 
@@ -229,7 +241,7 @@ class FusedForward:
         # It imports this module.
         from .planning import plans_of
 
-        self.plans[call.signature] = plans_of(self.module, call, self.refused)
+        self.plans[call.signature] = plans_of(self.module, call, self.refused, self.recomputed)
         return self.plans[call.signature]
 
     @property

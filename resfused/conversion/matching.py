@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -36,12 +36,13 @@ _BATCH_NORM = inspect.signature(F.batch_norm)
 @dataclass(frozen=True)
 class Site:
     """One place: its form, the paths of its norms, whether they are calls of ``F.batch_norm``, the modules that are not
-    called any more."""
+    called any more, its output."""
 
     form: str
     norms: tuple[str, ...]
     functional: bool
     skipped: tuple[str, ...]
+    output: fx.Node = field(compare=False, repr=False)
 
     def __str__(self) -> str:
         """The form and the norms, of which one may be the module itself."""
@@ -307,7 +308,7 @@ class Matcher:
         for node in sorted((relu, *pattern), reverse=True):
             self.graph.erase_node(node)
         form = "norm+relu" if residual is None else "norm+add+relu" if other is None else "norm+add(norm)+relu"
-        return Site(form, norms, self._is_functional(main), tuple(sorted({str(n.target) for n in skipped})))
+        return Site(form, norms, self._is_functional(main), tuple(sorted({str(n.target) for n in skipped})), fused)
 
     def _take_for_granted(self, path: str) -> None:
         module = self.root.get_submodule(path)

@@ -29,10 +29,11 @@ class Planner:
     A model is called with tensors alone, its submodules as the code that calls them does.
     """
 
-    def __init__(self, model: nn.Module, filter_fn: Filter | None):
+    def __init__(self, model: nn.Module, filter_fn: Filter | None, recompute: Filter | bool):
         self.model = model
         self.names = {module: name for name, module in model.named_modules()}
         self.filter_fn = filter_fn
+        self.recompute = recompute
         self.traces = Traces()
         self.drafter = Drafter(self.traces, self.allowed)
         self.calls: dict[nn.Module, dict[bool, dict[str, Call]]] = {}
@@ -85,17 +86,28 @@ class Planner:
         found: dict[nn.Module, dict[str, list[Draft]]] = {}
         for (module, signature, _), draft in self.drafts.items():
             found.setdefault(module, {}).setdefault(signature, []).append(draft)
-        return [forward for module, drafts in found.items() if (forward := self._forward(module, drafts)) is not None]
+        forwards = [forward for module, drafts in found.items() if (forward := self._forward(module, drafts))]
+        if any(forward.recomputed for forward in forwards) and all(f.module is not self.model for f in forwards):
+            # What keeps an output may be called by any module's code: the model's own call is where it is seen.
+            forwards.append(FusedForward(self.model, {}, (), *self._paths(self.model)))
+        return forwards
 
     def _forward(self, module: nn.Module, drafts: dict[str, list[Draft]]) -> FusedForward | None:
-        by_call = {signature: plans(each) for signature, each in drafts.items()}
+        refused, recomputed = self._paths(module)
+        by_call = {signature: plans(each, recomputed) for signature, each in drafts.items()}
         if not any(by_call.values()):
             return None
         sites = (site for each in drafts.values() for draft in reversed(each) for site in draft.sites)
         places = {site.norms[0]: str(site) for site in sites}
-        inside = module.named_modules() if self.filter_fn is not None else ()
-        refused = frozenset(path for path, m in inside if isinstance(m, _BatchNorm) and not self.allowed(m))
-        return FusedForward(module, by_call, tuple(places.values()), refused)
+        return FusedForward(module, by_call, tuple(places.values()), refused, recomputed)
+
+    def _paths(self, module: nn.Module) -> tuple[frozenset[str], frozenset[str]]:
+        """Of the norms in it that are not to be fused, and of those whose outputs are to be made again."""
+        if self.filter_fn is None and self.recompute is False:
+            return frozenset(), frozenset()
+        norms = [(path, m) for path, m in module.named_modules() if isinstance(m, _BatchNorm)]
+        refused = frozenset(path for path, m in norms if not self.allowed(m))
+        return refused, frozenset(path for path, m in norms if self.recomputed(m))
 
     def fused(self) -> tuple[Fused, ...]:
         """Every place once, those of training first."""
@@ -114,6 +126,9 @@ class Planner:
 
     def allowed(self, norm: nn.Module) -> bool:
         return self.filter_fn is None or bool(self.filter_fn(norm, self.names[norm]))
+
+    def recomputed(self, norm: nn.Module) -> bool:
+        return self.recompute if isinstance(self.recompute, bool) else bool(self.recompute(norm, self.names[norm]))
 
     def matcher(self, graph: fx.Graph, root: nn.Module) -> Matcher:
         """Of a graph in training."""
@@ -230,13 +245,13 @@ def has_code(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 
 
-def plans_of(module: nn.Module, call: Call, refused: frozenset[str]) -> tuple[Plan, ...]:
-    """Of a call that no ``Planner`` knew of; ``refused``: the paths of norms that are not to be fused."""
+def plans_of(module: nn.Module, call: Call, refused: frozenset[str], recomputed: frozenset[str]) -> tuple[Plan, ...]:
+    """Of a call that no ``Planner`` knew of; see ``FusedForward`` for the paths of norms."""
 
     def found() -> tuple[Plan, ...]:
         norms = {module.get_submodule(path) for path in refused}
         drafter = Drafter(Traces(), lambda norm: norm not in norms)
         drafts = (drafter.draft(module, call, training) for training in (True, False))
-        return plans([draft for draft in drafts if draft is not None])
+        return plans([draft for draft in drafts if draft is not None], recomputed)
 
     return traceable(module, found)

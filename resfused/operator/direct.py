@@ -63,6 +63,22 @@ def forward(
     return results
 
 
+def normalise(
+    x: Tensor,
+    residual: Tensor | None,
+    stats: Tensor,
+    norm: Norm,
+    residual_norm: Norm | None,
+    activation: Activation,
+    masked: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The kernels' ``normalise`` for vectors that need not be dense."""
+    with on_device_of(x):
+        return require_kernels(x).normalise(
+            x, residual, stats, prepared(norm), prepared(residual_norm), masked, activation
+        )
+
+
 def backward(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients) -> Gradients:
     """The kernels' ``backward`` for vectors that need not be dense."""
     norm, residual_norm = prepared(kept.norm), prepared(kept.residual_norm)

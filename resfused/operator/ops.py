@@ -75,9 +75,7 @@ def _local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) -
 def _normalise(x: Tensor, residual: Tensor | None, stats: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *values, masked = rest
     affine = Affine(*values)
-    norms = map(direct.prepared, affine.norms())
-    with direct.on_device_of(x):
-        y, mask = require_kernels(x).normalise(x, residual, stats, *norms, masked, affine.follows)
+    y, mask = direct.normalise(x, residual, stats, *affine.norms(), affine.follows, masked)
     return y, _or_empty(mask, x)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..kernels.activation import Activation
 from ..kernels.call import Gradients, Kept, Norm
 from . import ops
-from .packed import flatten, where_wanted
+from .packed import NO_NORM, flatten, where_wanted
 
 
 def forward(
@@ -27,6 +27,22 @@ def forward(
         y, mask = ops.forward_frozen(x, residual, *values)
         stats = None
     return y, mask if masked else None, stats
+
+
+def normalise(
+    x: Tensor,
+    residual: Tensor | None,
+    stats: Tensor,
+    norm: Norm,
+    residual_norm: Norm | None,
+    activation: Activation,
+    masked: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``direct.normalise`` by way of the dispatcher."""
+    second = residual_norm or NO_NORM
+    affine = *norm[:2], residual_norm is not None, *second[:2], *activation
+    y, mask = ops.normalise(x, residual, stats, *affine, masked)
+    return y, mask if masked else None
 
 
 def backward(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients) -> Gradients:

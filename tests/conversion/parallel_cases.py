@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 import resfused
 
 CPU = torch.device("cpu")
+RECOMPUTED = 3
+"""Of the chain's four outputs: nobody keeps the last."""
 
 
 def run(rank, processes, store):
@@ -55,9 +57,9 @@ def counted_step(model, x):
     return results, forwards.call_count, sum(call.args[1] is not None for call in backwards.call_args_list)
 
 
-def ddp():
+def ddp(recompute=False):
     """Two steps, of which the second begins with the statistics of the first process."""
-    fused, eager = fused_and_eager(chain(), CPU)
+    fused, eager = fused_and_eager(chain(), CPU, recompute=recompute)
     single = copy.deepcopy(eager)
     fused, eager = DistributedDataParallel(fused), DistributedDataParallel(eager)
     x = own(activations(CPU))
@@ -66,6 +68,30 @@ def ddp():
     assert_close(actual, averaged(step(single, x)), 1e-9)
     assert_close(actual, step(eager, x), 1e-9)
     assert_close(step(fused, x), step(eager, x), 1e-9)
+
+
+def ddp_recomputing():
+    with mock.patch.object(kernels, "normalise", wraps=kernels.normalise) as counted:
+        ddp(recompute=True)
+    assert counted.call_count == 2 * RECOMPUTED
+
+
+def synchronised_recomputing():
+    """The statistics of all processes, of which the last phase makes the outputs again."""
+    eager = fused_and_eager(chain(), CPU)[1]
+    x = own(activations(CPU))
+    results = []
+    for recompute in (True, False):
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(eager))
+        resfused.fuse_(model, recompute=recompute)
+        with mock.patch.object(kernels, "normalise", wraps=kernels.normalise) as counted:
+            results.append(step(model, x))
+        # They are the last phase of the forward too, which is the fused one's in a single process.
+        forwards = 0 if dist.get_world_size() == 1 else 4
+        assert counted.call_count == forwards + (RECOMPUTED if recompute else 0)
+    assert_close(*results, 0.0)
+    if dist.get_world_size() == 1:
+        assert_close(results[0], step(eager, x), 1e-9)
 
 
 def ddp_accumulates():
@@ -87,9 +113,9 @@ def ddp_compiled():
     assert_close(step(torch.compile(fused, backend="aot_eager"), x), step(eager, x), 1e-9)
 
 
-def sharded(fuse_first):
+def sharded(fuse_first, recompute=False):
     """Blocks and the root sharded: fused inside the blocks, which are handed no pairs, as they have FSDP's hooks."""
-    fused, eager = fused_and_eager(chain(), CPU)
+    fused, eager = fused_and_eager(chain(), CPU, recompute=recompute)
     if not fuse_first:
         resfused.unfuse_(fused)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -120,4 +146,14 @@ def sharded_then_fused():
     sharded(fuse_first=False)
 
 
-CASES = (ddp, ddp_accumulates, ddp_compiled, fused_then_sharded, sharded_then_fused)
+def sharded_recomputing():
+    """What keeps an output wants it when the parameters that it was made with are gathered no more."""
+    with mock.patch.object(kernels, "normalise", wraps=kernels.normalise) as counted:
+        sharded(fuse_first=True, recompute=True)
+    assert counted.call_count == 2 * RECOMPUTED
+
+
+CASES = (
+    ddp, ddp_recomputing, synchronised_recomputing, ddp_accumulates, ddp_compiled,
+    fused_then_sharded, sharded_then_fused, sharded_recomputing,
+)  # fmt: skip
