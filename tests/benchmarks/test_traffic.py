@@ -14,6 +14,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from resfused.kernels.activation import RELU, activation_of
 from torch import nn
 
 from resfused import Fused, functional, reference
@@ -114,6 +115,35 @@ def test_passes_of_eager(form: str, forward: int, backward: int, eval: int) -> N
     assert [node_passes.eager_passes(form, phase) for phase in node_passes.PHASES] == expected
 
 
+# What the derivative needs decides: nothing, a bit where the residual is not kept, or z, for which it is.
+@pytest.mark.parametrize(
+    ("activation", "form", "forward", "backward", "kept"),
+    [
+        ("identity", nodes.NORM_RELU, 3, 5, 1),
+        ("relu6", nodes.NORM_RELU, 3, 5, 1),
+        ("silu", nodes.NORM_RELU, 3, 5, 1),
+        ("identity", nodes.NORM_ADD_RELU, 4, 5, 1),
+        ("relu6", nodes.NORM_ADD_RELU, 4.0625, 6.125, 1 + 1 / 32),
+        ("silu", nodes.NORM_ADD_RELU, 4, 7, 2),
+        ("identity", nodes.NORM_ADD_NORM_RELU, 5, 8, 2),
+        ("silu", nodes.NORM_ADD_NORM_RELU, 5, 8, 2),
+    ],
+)
+def test_passes_of_any_activation(activation: str, form: str, forward: float, backward: float, kept: float) -> None:
+    named = activation_of(activation)
+    for phase, most in ((node_passes.FORWARD, forward), (node_passes.BACKWARD, backward)):
+        launches = node_passes.count_node(
+            form, phase, node_passes.SEPARATE, "channels_last", HALF, (2, 24, 8, 12), named
+        )
+        assert most - 0.07 <= sum(launch.activation for launch in launches) <= most
+    assert node_passes.kept(functional, form, named) == kept
+
+
+def test_passes_of_eager_with_an_activation() -> None:
+    for activation, backward in (("identity", 5), ("silu", 8)):
+        assert node_passes.eager_passes(nodes.NORM_ADD_RELU, "backward", activation_of(activation)) == backward
+
+
 @pytest.mark.parametrize("layout", node_passes.LAYOUTS)
 @pytest.mark.parametrize(
     ("form", "way", "forward", "backward", "forked"),
@@ -161,7 +191,7 @@ def test_nothing_but_launches_moves_an_activation(form: str, layout: str) -> Non
     shape = (2, 24, 8, 12)
     activations = node_passes._activations(layout, HALF, shape, True, 3)
     with recorder.record(execute=False), torch.profiler.profile(record_shapes=True) as profile:
-        y, inputs = node_passes._forward(functional, form, True, activations[:2])
+        y, inputs = node_passes._forward(functional, form, RELU, True, activations[:2])
         torch.autograd.grad(y, inputs, activations[2])
     operators = {e.name for e in profile.events() or () if list(shape) in e.input_shapes and e.name.startswith("aten")}
     assert operators <= {"aten::empty_like", "aten::new_empty", "aten::detach"}
