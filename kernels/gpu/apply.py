@@ -8,12 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import Backward, tile_options
+from ..activation import Activation
+from .launching import Backward, activation_options, tile_options
 from .plans import Made
-from .reduce import Gradient, InputGradients, Saved, load_gradient, relu_gradient
+from .reduce import Gradient, InputGradients, Saved, activation_gradient, load_gradient, load_saved
 from .tile import (
     NormVectors,
     Order,
+    TileNorm,
     Tiling,
     affine,
     aligned,
@@ -53,38 +55,33 @@ def _line(sums, row, r, scale, C, c, c_inside, tiling: tl.constexpr):
 @triton.jit
 def apply(
     gradient, saved, sums, out, norm, second, walk,
-    IS_DZ: tl.constexpr, order: tl.constexpr, tiling: tl.constexpr,
+    IS_DZ: tl.constexpr, activation: tl.constexpr, order: tl.constexpr, tiling: tl.constexpr,
 ):  # fmt: skip
     """The inputs' gradients that waited for the merged sums, from ``gradient``: dz where IS_DZ, else dy (in two)."""
     c, c_inside = channels_of(walk.channel_block, walk.C, tiling.BLOCK_C)
-    m, r, scale, shift = load_norm(norm, c, c_inside, 0.0, False, tiling)
-    slope, offset = _line(sums, 1, r, scale, walk.C, c, c_inside, tiling)
-    if saved.residual is not None:
-        residual_m, residual_r, residual_scale, residual_shift = load_norm(second, c, c_inside, 0.0, False, tiling)
-        residual_slope, residual_offset = _line(sums, 2, residual_r, residual_scale, walk.C, c, c_inside, tiling)
+    own = load_norm(norm, c, c_inside, 0.0, False, tiling)
+    other = TileNorm(None, None, None, None)
+    slope, offset = _line(sums, 1, own.rstd, own.scale, walk.C, c, c_inside, tiling)
+    if second.mean is not None:
+        other = load_norm(second, c, c_inside, 0.0, False, tiling)
+        residual_slope, residual_offset = _line(sums, 2, other.rstd, other.scale, walk.C, c, c_inside, tiling)
 
     next_group, next_block = first_place(walk.program, walk.blocks, tiling.CHANNELS_LAST)
     for _ in tl.range(walk.program, walk.tiles, walk.programs, num_stages=tiling.STAGES):
         group, block = in_order(next_group, next_block, walk, order.REVERSED, tiling.CHANNELS_LAST)
         next_group, next_block = next_place(next_group, next_block, walk.stride, tiling.CHANNELS_LAST)
         start, local, inside = locate(group, block, walk, tiling)
-        value = tl.load(saved.x + start + local, mask=inside, other=0, eviction_policy=order.EVICT)
-        centred = value.to(tiling.ACC) - m
-        z = affine(centred, scale, shift)
-        if saved.residual is not None:
-            s = tl.load(saved.residual + start + local, mask=inside, other=0, eviction_policy=order.EVICT)
-            residual_centred = s.to(tiling.ACC) - residual_m
-            z += affine(residual_centred, residual_scale, residual_shift)
+        loaded = load_saved(saved, start, local, inside, own, other, order.EVICT, tiling.ACC)
         dz = load_gradient(gradient, start, local, inside, order.EVICT, tiling.ACC)
         if not IS_DZ:
-            dz = relu_gradient(dz, z, saved.mask, group, block, walk, tiling)
+            dz = activation_gradient(dz, loaded.z, saved.mask, group, block, walk, inside, activation, tiling)
         if out.dz is not None:
             store(out.dz + start + local, dz, inside)
         if out.dx is not None:
-            store(out.dx + start + local, affine(dz, scale, affine(centred, slope, offset)), inside)
+            store(out.dx + start + local, affine(dz, own.scale, affine(loaded.x, slope, offset)), inside)
         if out.dresidual is not None:
-            line = affine(residual_centred, residual_slope, residual_offset)
-            store(out.dresidual + start + local, affine(dz, residual_scale, line), inside)
+            line = affine(loaded.residual, residual_slope, residual_offset)
+            store(out.dresidual + start + local, affine(dz, other.scale, line), inside)
 
 
 @triton.jit
@@ -92,7 +89,8 @@ def _apply_kernel(
     gradient, gradient_fork, x, residual, mask, sums, dx, dresidual,
     mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
     M, G, S, C,
-    IS_DZ: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, IS_DZ: tl.constexpr,
+    REVERSED: tl.constexpr, EVICT: tl.constexpr,
     PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -102,11 +100,12 @@ def _apply_kernel(
     out = InputGradients(None, dx, dresidual)
     norm = NormVectors(mean, rstd, weight, bias)
     second = NormVectors(residual_mean, residual_rstd, residual_weight, residual_bias)
+    activation: tl.constexpr = Activation(ACTIVATION, SLOPE)
     order: tl.constexpr = Order(REVERSED, EVICT)
     tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, WIDE, ACC, STAGES)
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
     walk = second_walk(G, S, C, CHANNEL_MAJOR, REVERSED, tiling)
-    apply(gradients, saved, Sums(sums, M), out, norm, second, walk, IS_DZ, order, tiling)
+    apply(gradients, saved, Sums(sums, M), out, norm, second, walk, IS_DZ, activation, order, tiling)
 
 
 def launch_apply(
@@ -116,13 +115,16 @@ def launch_apply(
     g = call.g
     # dz is dy already masked (and added up), unless it was rounded to a narrower dtype.
     is_dz = dz is not None and dz.dtype is call.gradients[0].dtype
+    # Without a norm the residual is kept for z alone.
+    residual = None if is_dz and call.rows == 2 else call.residual
 
     def made() -> Made:
         forked = call.gradients[1] is not None
-        launch, options = tile_options("apply", g, call.acc, call.x.device, call.rows - 1, forked)
-        return Made(launch.grid, (values, g.groups, g.positions, g.columns), {"IS_DZ": is_dz} | options)
+        launch, options = tile_options("apply", g, call.acc, call.like.device, call.rows - 1, forked)
+        numbers = {"IS_DZ": is_dz} | activation_options(call.activation)
+        return Made(launch.grid, (values, g.groups, g.positions, g.columns), numbers | options)
 
     call.plan.launch(
-        _apply_kernel, made, *((dz, None) if is_dz else call.gradients), call.x, call.residual, call.mask, sums,
+        _apply_kernel, made, *((dz, None) if is_dz else call.gradients), call.x, residual, call.mask, sums,
         dx, dresidual, *call.vectors,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Backward of relu(batch_norm(x) + s): channel sums, then the inputs' gradients, in launches of their own or in one."""
+"""Backward of activation(batch_norm(x) + s): channel sums, then the inputs' gradients, in one launch or in several."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activation import Activation
 from ..call import Gradients, Kept, parameter_gradients
 from ..geometry import in_layout_of
 from . import launch_table
 from .apply import Sums, apply, launch_apply
-from .launching import Backward, one_launch_options
+from .launching import Backward, activation_options, one_launch_options
 from .normalise import Spread
 from .plans import Made
 from .reduce import Gradient, InputGradients, ParameterGradients, Saved, launch_sums, merge_sums, reduce
@@ -26,7 +27,7 @@ def _backward_kernel(
     dweight, dbias, dresidual_weight, dresidual_bias,
     mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
     M, G, S, C, programs, slice_blocks,
-    ROWS: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, ROWS: tl.constexpr, REVERSED: tl.constexpr, EVICT: tl.constexpr,
     BLOCK_P: tl.constexpr, PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -35,6 +36,7 @@ def _backward_kernel(
     saved = Saved(x, residual, mask)
     norm = NormVectors(mean, rstd, weight, bias)
     second = NormVectors(residual_mean, residual_rstd, residual_weight, residual_bias)
+    activation: tl.constexpr = Activation(ACTIVATION, SLOPE)
     order: tl.constexpr = Order(REVERSED, EVICT)
     spread: tl.constexpr = Spread(False, 0.0, 0.0)
     tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, WIDE, ACC, STAGES)
@@ -48,9 +50,10 @@ def _backward_kernel(
         if is_second:
             wait_for_second_phase(counters, channel_block, channel_blocks)
             out = InputGradients(dz_out, dx, dresidual)
-            apply(gradient, saved, Sums(sums, M), out, norm, second, walk, False, order, tiling)
+            apply(gradient, saved, Sums(sums, M), out, norm, second, walk, False, activation, order, tiling)
         else:
-            reduce(gradient, saved, InputGradients(None, None, None), partials, norm, second, walk, spread, tiling)
+            nothing = InputGradients(None, None, None)
+            reduce(gradient, saved, nothing, partials, norm, second, walk, activation, spread, tiling)
             if is_last_to_arrive(counters, channel_block, programs):
                 parameters = ParameterGradients(dweight, dbias, dresidual_weight, dresidual_bias)
                 merge_sums(partials, sums, parameters, C, programs, channel_block, ROWS, merging)
@@ -64,19 +67,15 @@ def backward(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients) 
     merge only for sums that something needs, the apply only where an input's gradient waits for them.
     """
     call = Backward.of("backward", dy, dy_fork, kept, *wanted)
-    dx = torch.empty_like(call.x) if wanted.x else None
-    dz = dresidual = None
-    if wanted.residual and kept.residual_norm is None:
-        dz = torch.empty_like(call.x, dtype=kept.residual_dtype)
-    elif wanted.residual and call.residual is not None:
-        dresidual = torch.empty_like(call.residual)
+    dx, of_residual = call.rooms(wanted.x, wanted.residual)
+    dz, dresidual = (of_residual, None) if kept.residual_norm is None else (None, of_residual)
     parameters = parameter_gradients(kept.norm, kept.residual_norm, wanted)
     waiting = kept.stats is not None and any(t is not None for t in (dx, dresidual))
     if waiting and launch_table.takes_one_launch("backward", call.g):
         _launch_backward(call, dz, dx, dresidual, parameters)
     else:
         _launch_phases(call, dz, dx, dresidual, parameters, frozen=kept.stats is None)
-    return Gradients(dx, dresidual if dz is None else dz, *parameters)
+    return Gradients(dx, of_residual, *parameters)
 
 
 def local_sums(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients) -> tuple[Tensor, Gradients]:
@@ -86,10 +85,9 @@ def local_sums(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients
     parameters' and that of a residual without a norm, where wanted. Two launches.
     """
     call = Backward.of("sums", dy, dy_fork, kept, *wanted)
-    residual_alone = wanted.residual and kept.residual_norm is None
-    dz = torch.empty_like(call.x, dtype=kept.residual_dtype) if residual_alone else None
+    _, dz = call.rooms(False, wanted.residual and kept.residual_norm is None)
     parameters = parameter_gradients(kept.norm, kept.residual_norm, wanted)
-    sums = call.x.new_empty((call.rows, call.g.channels), dtype=call.acc)
+    sums = call.like.new_empty((call.rows, call.g.channels), dtype=call.acc)
     launch_sums(call, (dz, None, None), parameters, sums, frozen=False)
     return sums, Gradients(None, dz, *parameters)
 
@@ -103,9 +101,8 @@ def input_gradients(
     residual's gradient, where ``local_sums`` made it.
     """
     call = Backward.of("inputs", dy, dy_fork, kept, None if dz is None else dz.dtype, means.dtype, *wanted)
-    dx = torch.empty_like(call.x) if wanted[0] else None
-    dresidual = torch.empty_like(call.residual) if wanted[1] and call.residual is not None else None
-    launch_apply(call, None if dz is None else in_layout_of(dz, call.x), dx, dresidual, means, 1)
+    dx, dresidual = call.rooms(wanted[0], wanted[1] and kept.residual_norm is not None)
+    launch_apply(call, None if dz is None else in_layout_of(dz, call.like), dx, dresidual, means, 1)
     return dx, dresidual
 
 
@@ -123,7 +120,7 @@ def _launch_phases(
     local = (dz, dx, dresidual) if frozen else (dz, None, None)
     sums = None
     if any(t is not None for t in (*waiting, *parameters)):
-        sums = call.x.new_empty((call.rows, call.g.channels), dtype=call.acc)
+        sums = call.like.new_empty((call.rows, call.g.channels), dtype=call.acc)
     launch_sums(call, local, parameters, sums, frozen)
     if sums is not None and any(t is not None for t in waiting):
         launch_apply(call, dz, *waiting, sums, call.g.values)
@@ -133,20 +130,21 @@ def _launch_backward(
     call: Backward, dz: Tensor | None, dx: Tensor | None, dresidual: Tensor | None, parameters: list[Tensor | None]
 ) -> None:
     """The same in one launch, with batch statistics."""
-    x, g = call.x, call.g
+    like, g = call.like, call.g
     # What the second phase reads again, hopefully from the L2 cache; the mask is a bit an element.
-    reread = sum(t.element_size() for t in (*call.gradients, x, call.residual) if t is not None)
+    reread = sum(t.element_size() for t in (*call.gradients, call.x, call.residual) if t is not None)
     launch = launch_table.ticketed(
-        "backward", g, reread, launch_table.l2_bytes(x.device), launch_table.multiprocessors(x.device)
+        "backward", g, reread, launch_table.l2_bytes(like.device), launch_table.multiprocessors(like.device)
     )
-    partials = x.new_empty((call.rows, launch.programs, g.channels), dtype=call.acc)
+    partials = like.new_empty((call.rows, launch.programs, g.channels), dtype=call.acc)
 
     def made() -> Made:
         integers = g.values, g.groups, g.positions, g.channels, launch.programs, launch.slice_blocks
-        return Made(launch.grid, integers, {"ROWS": call.rows} | one_launch_options(launch, g, call.acc))
+        numbers = {"ROWS": call.rows} | activation_options(call.activation)
+        return Made(launch.grid, integers, numbers | one_launch_options(launch, g, call.acc))
 
     call.plan.launch(
-        _backward_kernel, made, *call.gradients, x, call.residual, call.mask, dz, dx, dresidual, partials,
-        x.new_empty((call.rows, g.channels), dtype=call.acc), x.new_zeros(launch.counters, dtype=torch.int32),
+        _backward_kernel, made, *call.gradients, call.x, call.residual, call.mask, dz, dx, dresidual, partials,
+        like.new_empty((call.rows, g.channels), dtype=call.acc), like.new_zeros(launch.counters, dtype=torch.int32),
         *parameters, *call.vectors,
     )  # fmt: skip

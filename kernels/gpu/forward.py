@@ -1,4 +1,4 @@
-"""Forward of relu(batch_norm(x) + s): statistics, normalise + add + ReLU, in launches of their own or in one."""
+"""Forward of activation(batch_norm(x) + s): statistics, then the rest, in launches of their own or in one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activation import IDENTITY, RELU, Activation
 from ..call import NOTHING_BUT_STATISTICS, Norm, outputs
 from . import launch_table
-from .launching import Forward, one_launch_options, quad_options
+from .launching import Forward, activation_options, one_launch_options, quad_options
 from .normalise import Spread, launch_normalise
 from .normalise import normalise as _normalise
 from .plans import Made
@@ -34,12 +35,14 @@ def _forward_kernel(
     residual_running_mean, residual_running_var, residual_weight, residual_bias,
     momentum, momentum_rest, residual_momentum, residual_momentum_rest,
     M, G, S, C, programs, slice_blocks,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, NORMS: tl.constexpr, BY_GROUPS: tl.constexpr, WHOLE: tl.constexpr,
     REVERSED: tl.constexpr, EVICT: tl.constexpr,
     BLOCK_P: tl.constexpr, PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Statistics, merge and normalise in one launch, ordered by tickets; ``residual`` is normed where NORMS is 2."""
+    activation: tl.constexpr = Activation(ACTIVATION, SLOPE)
     spread: tl.constexpr = Spread(False, EPS, RESIDUAL_EPS)
     order: tl.constexpr = Order(REVERSED, EVICT)
     tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, WIDE, ACC, STAGES)
@@ -57,7 +60,7 @@ def _forward_kernel(
                 stats + 2 * C if NORMS == 2 else None, stats + 3 * C if NORMS == 2 else None,
                 residual_weight, residual_bias,
             )  # fmt: skip
-            _normalise(x, residual, y, mask, norm, second, walk, spread, order, tiling)
+            _normalise(x, residual, y, mask, norm, second, walk, activation, spread, order, tiling)
         else:
             take_statistics(x, partials, walk, BY_GROUPS, WHOLE, tiling)
             room = room_for_partials(programs, C, channel_blocks)
@@ -79,17 +82,24 @@ def _forward_kernel(
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, training: bool, masked: bool
+    x: Tensor,
+    residual: Tensor | None,
+    norm: Norm,
+    residual_norm: Norm | None,
+    training: bool,
+    masked: bool,
+    activation: Activation = RELU,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """relu(batch_norm(x) + s) for ``x`` of shape (N, C, *spatial), N·C·spatial > 0.
+    """activation(batch_norm(x) + s) for ``x`` of shape (N, C, *spatial), N·C·spatial > 0.
 
     s is nothing, ``residual``, or with ``residual_norm`` the batch norm of ``residual``. Returns y in the promoted
-    dtype and the layout of ``x``; with ``masked`` the packed bits of where z > 0; with ``training`` the batch
-    statistics (mean, rstd[, mean, rstd]), float32 or float64, after updating the running ones. One launch; three with
-    ``training``, or one and the clearing of its counters where the launch table says so.
+    dtype and the layout of ``x``; with ``masked`` the packed bits of the activation's derivative, which must have two
+    values; with ``training`` the batch statistics (mean, rstd[, mean, rstd]), float32 or float64, after updating the
+    running ones. One launch; three with ``training``, or one and the clearing of its counters where the launch table
+    says so.
     """
     phase = "forward" if training else "frozen forward"
-    call = Forward.of(phase, x, residual, norm, residual_norm, masked)
+    call = Forward.of(phase, x, residual, norm, residual_norm, activation, masked)
     y, mask = outputs(call.x, call.residual, call.g.mask_numel, masked)
     if not training:
         launch_normalise(call, None, y, mask)
@@ -109,17 +119,23 @@ def local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) ->
     The first phase of ``forward``, for statistics over several processes, in the precision of its own. Two launches.
     """
     second = NOTHING_BUT_STATISTICS if norm_residual else None
-    call = Forward.of("statistics", x, residual, NOTHING_BUT_STATISTICS, second)
+    call = Forward.of("statistics", x, residual, NOTHING_BUT_STATISTICS, second, IDENTITY)
     stats = _room_for_statistics(call)
     launch_statistics(call, stats)
     return stats
 
 
 def normalise(
-    x: Tensor, residual: Tensor | None, stats: Tensor, norm: Norm, residual_norm: Norm | None, masked: bool
+    x: Tensor,
+    residual: Tensor | None,
+    stats: Tensor,
+    norm: Norm,
+    residual_norm: Norm | None,
+    masked: bool,
+    activation: Activation = RELU,
 ) -> tuple[Tensor, Tensor | None]:
     """The last phase of ``forward``, with given ``stats``, (mean, rstd[, mean, rstd]). One launch."""
-    call = Forward.of("normalise", x, residual, norm, residual_norm, stats.dtype, masked)
+    call = Forward.of("normalise", x, residual, norm, residual_norm, activation, stats.dtype, masked)
     y, mask = outputs(call.x, call.residual, call.g.mask_numel, masked)
     launch_normalise(call, stats, y, mask)
     return y, mask
@@ -144,7 +160,8 @@ def _launch_forward(call: Forward, stats: Tensor, y: Tensor, mask: Tensor | None
     def made() -> Made:
         integers = g.values, g.groups, g.positions, g.channels, launch.programs, launch.slice_blocks
         numbers = {"EPS": norm.eps, "RESIDUAL_EPS": second.eps, "NORMS": call.norms}
-        return Made(launch.grid, integers, numbers | quad_options(launch, g) | one_launch_options(launch, g, call.acc))
+        numbers |= activation_options(call.activation) | quad_options(launch, g)
+        return Made(launch.grid, integers, numbers | one_launch_options(launch, g, call.acc))
 
     call.plan.launch(
         _forward_kernel, made, x, residual, y, mask, partials, stats, x.new_zeros(launch.counters, dtype=torch.int32),

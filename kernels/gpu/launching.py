@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..activation import Activation
 from ..call import Kept, Norm, accumulator, check_mask
 from ..geometry import Geometry, dense, in_layout_of
 from . import launch_table
@@ -22,22 +23,30 @@ class Forward(NamedTuple):
     residual: Tensor | None
     norm: Norm
     residual_norm: Norm | None
+    activation: Activation
     g: Geometry
     acc: torch.dtype
     plan: Plan
 
     @classmethod
     def of(
-        cls, phase: str, x: Tensor, residual: Tensor | None, norm: Norm, residual_norm: Norm | None, *rest: Any
+        cls,
+        phase: str,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: Norm,
+        residual_norm: Norm | None,
+        activation: Activation,
+        *rest: Any,
     ) -> Forward:
         """``phase`` and ``rest`` tell what is launched for such arguments from all else that is."""
         *vectors, _, eps = norm if residual_norm is None else (*norm[:4], *residual_norm)
-        found = plan_for(phase, (x, residual), vectors, norm.eps, eps, *rest)
+        found = plan_for(phase, (x, residual), vectors, norm.eps, eps, activation, *rest)
         if not found.ready:
             x = dense(x)
             residual = None if residual is None else in_layout_of(residual, x)
-            return cls.of(phase, x, residual, norm, residual_norm, *rest)
-        return cls(x, residual, norm, residual_norm, found.g, accumulator(x, residual), found)
+            return cls.of(phase, x, residual, norm, residual_norm, activation, *rest)
+        return cls(x, residual, norm, residual_norm, activation, found.g, accumulator(x, residual), found)
 
     @property
     def second(self) -> Norm:
@@ -50,12 +59,19 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """What every launch of one backward is given. ``vectors``: see ``norm_vectors``; ``rows``: of sums a channel."""
+    """What every launch of one backward is given.
+
+    ``like``: what all activations lie as, x or where it is not kept dy; ``dtypes``: of the gradients of x and of the
+    residual; ``vectors``: see ``norm_vectors``; ``rows``: of sums a channel.
+    """
 
     gradients: tuple[Tensor, Tensor | None]
-    x: Tensor
+    x: Tensor | None
     residual: Tensor | None
     mask: Tensor | None
+    like: Tensor
+    dtypes: tuple[torch.dtype | None, torch.dtype | None]
+    activation: Activation
     vectors: tuple[Tensor | None, ...]
     eps: tuple[float | None, float | None]
     rows: int
@@ -66,29 +82,43 @@ class Backward(NamedTuple):
     @classmethod
     def of(cls, phase: str, dy: Tensor, dy_fork: Tensor | None, kept: Kept, *rest: Any) -> Backward:
         """``phase`` and ``rest`` tell what is launched for such arguments from all else that is."""
-        x, _, residual, residual_dtype, mask, stats, norm, residual_norm, _ = kept
-        assert x is not None
+        x, x_dtype, residual, residual_dtype, mask, stats, norm, residual_norm, activation = kept
+        like = dy if x is None else x
+        dtypes = (
+            x_dtype if x is None else x.dtype,
+            residual_dtype if residual is None else residual.dtype,
+        )
         *vectors, _, eps = norm if residual_norm is None else (*norm[:4], *residual_norm)
         found = plan_for(
-            phase, (x, residual, dy, dy_fork), (mask, stats, *vectors), norm.eps, eps, residual_dtype, *rest
+            phase, (like, residual, dy, dy_fork), (mask, stats, *vectors), norm.eps, eps, x is None, dtypes, activation,
+            *rest,
         )  # fmt: skip
         if not found.ready:
-            x = dense(x)
-            residual, dy_fork = (None if t is None else in_layout_of(t, x) for t in (residual, dy_fork))
-            return cls.of(phase, in_layout_of(dy, x), dy_fork, kept._replace(x=x, residual=residual), *rest)
+            like = dense(like)
+            residual, dy_fork = (None if t is None else in_layout_of(t, like) for t in (residual, dy_fork))
+            kept = kept._replace(x=None if x is None else like, residual=residual)
+            return cls.of(phase, in_layout_of(dy, like), dy_fork, kept, *rest)
         check_mask(mask, found.g.mask_numel)
         return cls(
             (dy, dy_fork),
             x,
             residual,
             mask,
+            like,
+            dtypes,
+            activation,
             norm_vectors(stats, norm, residual_norm),
             (norm.eps, norm.eps if residual_norm is None else residual_norm.eps),
             2 if residual_norm is None else 3,
             found.g,
-            accumulator(x, residual, dy),
+            accumulator(like, residual, dy),
             found,
         )
+
+    def rooms(self, of_x: bool, of_residual: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Room for the wanted gradients of x and of the residual."""
+        dx = torch.empty_like(self.like, dtype=self.dtypes[0]) if of_x else None
+        return dx, torch.empty_like(self.like, dtype=self.dtypes[1]) if of_residual else None
 
 
 @launch_table.cached
@@ -108,6 +138,11 @@ def tile_options(
 def quad_options(launch: launch_table.Launch | launch_table.OneLaunch, g: Geometry) -> dict[str, bool]:
     """What is known of the statistics' steps. WHOLE: no block of channels ends beyond the last."""
     return {"BY_GROUPS": launch_table.takes_groups(g), "WHOLE": g.columns % launch.block_channels == 0}
+
+
+def activation_options(activation: Activation) -> dict[str, Any]:
+    """What every kernel that knows of the activation takes of it."""
+    return {"ACTIVATION": activation.name, "SLOPE": activation.negative_slope}
 
 
 @launch_table.cached

@@ -1,4 +1,4 @@
-"""The second phase of the forward: y = relu(norm(x) + s), and the bits of y's gradient mask."""
+"""The second phase of the forward: y = activation(norm(x) + s), and the bits of the activation's derivative."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import Forward, norm_vectors, tile_options
+from ..activation import Activation
+from .activation import activate, takes_first_slope
+from .launching import Forward, activation_options, norm_vectors, tile_options
 from .plans import Made
 from .tile import (
     NormVectors,
@@ -39,9 +41,10 @@ class Spread(NamedTuple):
 
 @triton.jit
 def normalise(
-    x, residual, y, mask, norm, second, walk, spread: tl.constexpr, order: tl.constexpr, tiling: tl.constexpr
+    x, residual, y, mask, norm, second, walk,
+    activation: tl.constexpr, spread: tl.constexpr, order: tl.constexpr, tiling: tl.constexpr,
 ):  # fmt: skip
-    """y = relu(norm(x) + s), s nothing, ``residual`` or its ``second`` norm, and the bits of y's gradient mask."""
+    """y = activation(norm(x) + s), s nothing, ``residual`` or its ``second`` norm, and the bits of the derivative."""
     c, c_inside = channels_of(walk.channel_block, walk.C, tiling.BLOCK_C)
     m, _, scale, shift = load_norm(norm, c, c_inside, spread.EPS, spread.FROZEN, tiling)
     if second.mean is not None:
@@ -61,12 +64,11 @@ def normalise(
             if second.mean is not None:
                 s = affine(s - residual_m, residual_scale, residual_shift)
             z += s
-        # NaN is not <= 0: it stays, as in torch.relu.
-        off = z <= 0
-        store(y + start + local, tl.where(off, 0, z), inside)
+        activated = activate(z, activation)
+        store(y + start + local, activated, inside)
         if mask is not None:
             start, local, inside = locate_bits(group, block, walk, tiling)
-            tl.store(mask + start + local, pack_bits(~off), mask=inside)
+            tl.store(mask + start + local, pack_bits(takes_first_slope(z, activation)), mask=inside)
 
 
 @triton.jit
@@ -74,6 +76,7 @@ def _normalise_kernel(
     x, residual, y, mask,
     mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
     G, S, C,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr,
     REVERSED: tl.constexpr, EVICT: tl.constexpr,
     PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
@@ -82,12 +85,13 @@ def _normalise_kernel(
     """``normalise`` as a launch of its own."""
     norm = NormVectors(mean, rstd, weight, bias)
     second = NormVectors(residual_mean, residual_rstd, residual_weight, residual_bias)
+    activation: tl.constexpr = Activation(ACTIVATION, SLOPE)
     spread: tl.constexpr = Spread(FROZEN, EPS, RESIDUAL_EPS)
     order: tl.constexpr = Order(REVERSED, EVICT)
     tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, WIDE, ACC, STAGES)
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
     walk = second_walk(G, S, C, CHANNEL_MAJOR, REVERSED, tiling)
-    normalise(x, residual, y, mask, norm, second, walk, spread, order, tiling)
+    normalise(x, residual, y, mask, norm, second, walk, activation, spread, order, tiling)
 
 
 def launch_normalise(call: Forward, stats: Tensor | None, y: Tensor, mask: Tensor | None) -> None:
@@ -97,6 +101,7 @@ def launch_normalise(call: Forward, stats: Tensor | None, y: Tensor, mask: Tenso
     def made() -> Made:
         launch, options = tile_options("normalise", g, call.acc, call.x.device, call.norms)
         numbers = {"EPS": call.norm.eps, "RESIDUAL_EPS": call.second.eps, "FROZEN": stats is None}
+        numbers |= activation_options(call.activation)
         return Made(launch.grid, (g.groups, g.positions, g.columns), numbers | options)
 
     vectors = norm_vectors(stats, call.norm, call.residual_norm)

@@ -8,13 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..activation import Activation
 from . import launch_table
-from .launching import Backward, tile_options
+from .activation import gradient_at, gradient_by_bits
+from .launching import Backward, activation_options, tile_options
 from .normalise import Spread
 from .plans import Made
 from .statistics import Merging
 from .tile import (
     NormVectors,
+    TileNorm,
     Tiling,
     affine,
     aligned,
@@ -41,11 +44,19 @@ class Gradient(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Pointers to what the forward has kept: x, the residual where it is normed, the mask where there is one."""
+    """Pointers to what the forward has kept, None where it has not: x, the residual, the mask."""
 
     x: Any
     residual: Any
     mask: Any
+
+
+class Loaded(NamedTuple):
+    """A tile of what was kept, None where it was not: x and a normed residual less their means, and their z."""
+
+    x: Any
+    residual: Any
+    z: Any
 
 
 class InputGradients(NamedTuple):
@@ -75,31 +86,50 @@ def load_gradient(gradient, start, local, inside, EVICT: tl.constexpr, ACC: tl.c
 
 
 @triton.jit
-def relu_gradient(dy, z, mask, group, block, walk, tiling: tl.constexpr):
-    """dy where the forward let z through, by its mask or, where it kept none, by the sign of the same z."""
-    if mask is not None:
-        start, local, inside = locate_bits(group, block, walk, tiling)
-        on = unpack_bits(tl.load(mask + start + local, mask=inside, other=0))
+def load_saved(saved, start, local, inside, own, other, EVICT: tl.constexpr, ACC: tl.constexpr):
+    """The tile at these offsets. ``other`` is the residual's norm, without a mean where it has none."""
+    x = None
+    z = None
+    if saved.x is not None:
+        x = tl.load(saved.x + start + local, mask=inside, other=0, eviction_policy=EVICT).to(ACC) - own.mean
+        z = affine(x, own.scale, own.shift)
+    residual = None
+    if saved.residual is not None:
+        residual = tl.load(saved.residual + start + local, mask=inside, other=0, eviction_policy=EVICT).to(ACC)
+        if other.mean is not None:
+            residual -= other.mean
+        if saved.x is not None:
+            z += residual if other.mean is None else affine(residual, other.scale, other.shift)
+    return Loaded(x, residual, z)
+
+
+@triton.jit
+def activation_gradient(dy, z, mask, group, block, walk, inside, activation: tl.constexpr, tiling: tl.constexpr):
+    """dy times the derivative of the activation, by its mask or, where the forward kept none, at the same z."""
+    if activation.name == "identity":
+        return dy
+    elif mask is not None:
+        start, local, bits_inside = locate_bits(group, block, walk, tiling)
+        first = unpack_bits(tl.load(mask + start + local, mask=bits_inside, other=0))
+        return gradient_by_bits(dy, first, activation)
     else:
-        on = ~(z <= 0)
-    # A select: 0·inf would be NaN. Outside the activation dy was loaded as 0.
-    return tl.where(on, dy, 0)
+        return gradient_at(dy, z, inside, activation)
 
 
 @triton.jit
 def reduce(
-    gradient, saved, out, partials, norm, second, walk, spread: tl.constexpr, tiling: tl.constexpr
+    gradient, saved, out, partials, norm, second, walk,
+    activation: tl.constexpr, spread: tl.constexpr, tiling: tl.constexpr,
 ):  # fmt: skip
     """A program's Σ dz, Σ dz·x̂ (and Σ dz·ŝ), and every gradient that needs no sum: dz, and all when FROZEN."""
     c, c_inside = channels_of(walk.channel_block, walk.C, tiling.BLOCK_C)
-    m, _, scale, shift = load_norm(norm, c, c_inside, spread.EPS, spread.FROZEN, tiling)
+    own = load_norm(norm, c, c_inside, spread.EPS, spread.FROZEN, tiling)
+    other = TileNorm(None, None, None, None)
     TILE: tl.constexpr = (tiling.BLOCK_S, tiling.BLOCK_C) if tiling.CHANNELS_LAST else (tiling.BLOCK_C, tiling.BLOCK_S)
     sum_dz = tl.zeros(TILE, tiling.ACC)
     sum_dz_x = tl.zeros(TILE, tiling.ACC)
-    if saved.residual is not None:
-        residual_m, _, residual_scale, residual_shift = load_norm(
-            second, c, c_inside, spread.RESIDUAL_EPS, spread.FROZEN, tiling
-        )
+    if second.mean is not None:
+        other = load_norm(second, c, c_inside, spread.RESIDUAL_EPS, spread.FROZEN, tiling)
         sum_dz_residual = tl.zeros(TILE, tiling.ACC)
 
     next_group, next_block = first_place(walk.program, walk.blocks, tiling.CHANNELS_LAST)
@@ -107,37 +137,37 @@ def reduce(
         group, block = next_group, next_block
         next_group, next_block = next_place(group, block, walk.stride, tiling.CHANNELS_LAST)
         start, local, inside = locate(group, block, walk, tiling)
-        centred = tl.load(saved.x + start + local, mask=inside, other=0).to(tiling.ACC) - m
-        z = affine(centred, scale, shift)
-        if saved.residual is not None:
-            residual_centred = tl.load(saved.residual + start + local, mask=inside, other=0).to(tiling.ACC) - residual_m
-            z += affine(residual_centred, residual_scale, residual_shift)
+        loaded = load_saved(saved, start, local, inside, own, other, "", tiling.ACC)
         dz = load_gradient(gradient, start, local, inside, "", tiling.ACC)
-        dz = relu_gradient(dz, z, saved.mask, group, block, walk, tiling)
+        dz = activation_gradient(dz, loaded.z, saved.mask, group, block, walk, inside, activation, tiling)
         if out.dz is not None:
             store(out.dz + start + local, dz, inside)
         if out.dx is not None:
-            store(out.dx + start + local, dz * scale, inside)
+            store(out.dx + start + local, dz * own.scale, inside)
         if out.dresidual is not None:
-            store(out.dresidual + start + local, dz * residual_scale, inside)
+            store(out.dresidual + start + local, dz * other.scale, inside)
         if partials is not None:
             sum_dz += dz
-            sum_dz_x += dz * centred
-            if saved.residual is not None:
-                sum_dz_residual += dz * residual_centred
+            if saved.x is not None:
+                sum_dz_x += dz * loaded.x
+            if second.mean is not None and saved.residual is not None:
+                sum_dz_residual += dz * loaded.residual
 
     if partials is not None:
         AXIS: tl.constexpr = 0 if tiling.CHANNELS_LAST else 1
         row = walk.programs * walk.C
         to = partials + walk.program * walk.C + c
         tl.store(to, tl.sum(sum_dz, axis=AXIS), mask=c_inside)
-        # Loaded anew, so that no register keeps it over the tiles.
-        r = by_channel(load_rstd(norm, c, c_inside, spread.EPS, spread.FROZEN, tiling), tiling.CHANNELS_LAST)
-        tl.store(to + row, tl.sum(sum_dz_x * r, axis=AXIS), mask=c_inside)
-        if saved.residual is not None:
-            r = load_rstd(second, c, c_inside, spread.RESIDUAL_EPS, spread.FROZEN, tiling)
-            r = by_channel(r, tiling.CHANNELS_LAST)
-            tl.store(to + 2 * row, tl.sum(sum_dz_residual * r, axis=AXIS), mask=c_inside)
+        # Loaded anew, so that no register keeps it over the tiles. A sum with what is not kept stays 0.
+        if saved.x is not None:
+            r = load_rstd(norm, c, c_inside, spread.EPS, spread.FROZEN, tiling)
+            sum_dz_x *= by_channel(r, tiling.CHANNELS_LAST)
+        tl.store(to + row, tl.sum(sum_dz_x, axis=AXIS), mask=c_inside)
+        if second.mean is not None:
+            if saved.residual is not None:
+                r = load_rstd(second, c, c_inside, spread.RESIDUAL_EPS, spread.FROZEN, tiling)
+                sum_dz_residual *= by_channel(r, tiling.CHANNELS_LAST)
+            tl.store(to + 2 * row, tl.sum(sum_dz_residual, axis=AXIS), mask=c_inside)
 
 
 @triton.jit
@@ -169,6 +199,7 @@ def _reduce_kernel(
     dy, dy_fork, x, residual, mask, dz_out, dx, dresidual, partials,
     mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
     G, S, C,
+    ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
     EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr,
     PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
@@ -179,11 +210,12 @@ def _reduce_kernel(
     out = InputGradients(dz_out, dx, dresidual)
     norm = NormVectors(mean, rstd, weight, bias)
     second = NormVectors(residual_mean, residual_rstd, residual_weight, residual_bias)
+    activation: tl.constexpr = Activation(ACTIVATION, SLOPE)
     spread: tl.constexpr = Spread(FROZEN, EPS, RESIDUAL_EPS)
     tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, WIDE, ACC, STAGES)
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
     walk = first_walk(tl.program_id(0), tl.num_programs(0), G, S, C, CHANNEL_MAJOR, tiling)
-    reduce(gradient, saved, out, partials, norm, second, walk, spread, tiling)
+    reduce(gradient, saved, out, partials, norm, second, walk, activation, spread, tiling)
 
 
 @triton.jit
@@ -210,12 +242,13 @@ def launch_sums(
     """Fills ``local``, the gradients (dz, dx, residual's) that need no sum, in one launch; with ``sums`` also those
     and ``parameters``, in another.
     """
-    x, g = call.x, call.g
-    launch, options = tile_options("reduce", g, call.acc, x.device, call.rows - 1)
-    partials = None if sums is None else x.new_empty((call.rows, launch.programs, g.columns), dtype=call.acc)
+    like, g = call.like, call.g
+    launch, options = tile_options("reduce", g, call.acc, like.device, call.rows - 1)
+    partials = None if sums is None else like.new_empty((call.rows, launch.programs, g.columns), dtype=call.acc)
 
     def made() -> Made:
         numbers = {"EPS": call.eps[0], "RESIDUAL_EPS": call.eps[1], "FROZEN": frozen}
+        numbers |= activation_options(call.activation)
         return Made(launch.grid, (g.groups, g.positions, g.columns), numbers | options)
 
     def merge_made() -> Made:
@@ -227,7 +260,7 @@ def launch_sums(
         return Made((merge.channel_blocks,), (g.channels, launch.programs), constants)
 
     call.plan.launch(
-        _reduce_kernel, made, *call.gradients, x, call.residual, call.mask, *local, partials, *call.vectors
+        _reduce_kernel, made, *call.gradients, call.x, call.residual, call.mask, *local, partials, *call.vectors
     )  # fmt: skip
     if partials is not None:
         call.plan.launch(_merge_sums_kernel, merge_made, partials, sums, *parameters)

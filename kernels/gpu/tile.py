@@ -69,6 +69,15 @@ class NormVectors(NamedTuple):
     bias: Any
 
 
+class TileNorm(NamedTuple):
+    """What ``NormVectors`` points at, over a tile; scale: weight·rstd, shift: the bias. All None for no norm."""
+
+    mean: Any
+    rstd: Any
+    scale: Any
+    shift: Any
+
+
 # The interpreter truncates float32 to bfloat16 where a GPU rounds.
 _INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
@@ -287,7 +296,7 @@ def load_rstd(norm, column, c_inside, EPS: tl.constexpr, FROZEN: tl.constexpr, t
 
 @triton.jit
 def load_norm(norm, column, c_inside, EPS: tl.constexpr, FROZEN: tl.constexpr, tiling: tl.constexpr):
-    """(mean, rstd, weight·rstd, bias) of a block of columns, over a tile."""
+    """The norm of a block of columns."""
     c = column // tiling.PLANE
     m = tl.load(norm.mean + c, mask=c_inside, other=0).to(tiling.ACC)
     r = load_rstd(norm, column, c_inside, EPS, FROZEN, tiling)
@@ -297,7 +306,7 @@ def load_norm(norm, column, c_inside, EPS: tl.constexpr, FROZEN: tl.constexpr, t
     shift = tl.zeros_like(m)
     if norm.bias is not None:
         shift = tl.load(norm.bias + c, mask=c_inside, other=0).to(tiling.ACC)
-    return (
+    return TileNorm(
         by_channel(m, tiling.CHANNELS_LAST),
         by_channel(r, tiling.CHANNELS_LAST),
         by_channel(scale, tiling.CHANNELS_LAST),
