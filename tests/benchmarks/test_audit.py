@@ -128,7 +128,7 @@ ONE_CHANNEL = ((2, 1, 1, 1), (2**13, 1, 2**10, 2**10))
 COVERING = covering(
     architecture=audit.DEFAULT_ARCHITECTURES,
     layout=offline.LAYOUTS,
-    form=offline.FORMS,
+    form=FORMS,
     phase=offline.PHASES,
     shape=(audit.ODD, audit.HUGE, *ONE_CHANNEL),
 ).args[1]
@@ -147,7 +147,7 @@ def audited(cases: list[tuple], tmp_path: Path) -> list[dict]:
     """The rows of (architecture, layout, form, phase, shape) in bfloat16, all read back; with what they break."""
     program = (
         "import json, sys; from dataclasses import asdict; from count import audit, budgets;"
-        "found = [audit.rows_of(audit.Task(a, 'bfloat16', l, (tuple(s),)), [f], [p])"
+        "found = [audit.rows_of(audit.Task(a, 'bfloat16', l, (tuple(s),), (f,), (p,)))"
         " for a, l, f, p, s in json.loads(sys.argv[1])];"
         "rows = [asdict(r) | {'broken': budgets.violations(r, budgets.ALWAYS)} for f in found for r in f.rows];"
         "print(json.dumps([rows, sum((f.unread for f in found), [])]))"
@@ -163,7 +163,7 @@ def broken(rows: list[dict]) -> set[tuple]:
 
 
 def test_budgets_hold(tmp_path: Path) -> None:
-    rows = audited(list(product(["sm_90"], offline.LAYOUTS, offline.FORMS, BOTH_WAYS, [EVEN])), tmp_path)
+    rows = audited(list(product(["sm_90"], offline.LAYOUTS, FORMS, BOTH_WAYS, [EVEN])), tmp_path)
     streaming = {kernel for kernel, _ in launch_table.STREAMING}
     assert {row["kernel"] for row in rows if row["loop"]} == streaming
     assert {row["kernel"] for row in rows if row["least_width"] == 128} == streaming
