@@ -97,14 +97,14 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "first eps for a frozen second norm": '"RESIDUAL_EPS": call.«second→norm».eps'},
     ("reduce.py", f"{LOOPS} {TWO_TRAINING}"): {"sums without their earlier programs": "total «+→»= tl.load(partials"},
     ("reduce.py", VALUES): {
-        "x̂ without rstd": "tl.sum(sum_dz_x« * r→», axis",
+        "x̂ without rstd": "sum_dz_x *= «by_channel(r, tiling.CHANNELS_LAST)→1»",
         "sign of the weight's gradient": "store(out.weight + c, «→-»value"},
     ("reduce.py", f"{VALUES} {TWO}"): {
         "ŝ with the first rstd": "r = load_rstd(«second→norm», c,",
         "second weight's gradient not stored": "«store(out.residual_weight + c, value, c_inside)→pass»"},
-    ("reduce.py", f"{VALUES} {FROZEN}"): {"frozen gradient is dz": "dz« * scale→», inside"},
+    ("reduce.py", f"{VALUES} {FROZEN}"): {"frozen gradient is dz": "dz« * own.scale→», inside"},
     ("reduce.py", f"{VALUES} {TWO_FROZEN}"): {
-        "frozen second gradient with the first weight": "dz * «residual_scale→scale», inside",
+        "frozen second gradient with the first weight": "dz * «other→own».scale, inside",
         "first eps for the frozen second gradient": '"RESIDUAL_EPS": call.eps[«1→0»]'},
     ("reduce.py", "test_sequential.py::test_chain_of_four"): {
         "fork's gradient lost": "total += «→0 * »tl.load(gradient.dy_fork"},
@@ -118,17 +118,16 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("forward.py", f"{MEMORY} -k one"): {"forward's counters not cleared": "x.«new_zeros→new_empty»(launch.counters"},
     ("forward.py", RAGGED): {"forward's last slice one block too long": "if channel_block <«→=» channel_blocks"},
     ("call.py", DTYPES): {"result in the input's dtype": "«torch.promote_types(x.dtype, residual.dtype)→x.dtype»"},
-    ("backward.py", ONE_LAUNCH): {"dy taken for dz in one launch": "walk, «False→True», order"},
-    ("backward.py", DTYPES): {
-        "dz rounded to the input's dtype":
-            "        dz = torch.empty_like(call.x«, dtype=kept.residual_dtype→»)\n    elif"},
-    ("backward.py", f"{MEMORY} -k one"): {"backward's counters not cleared": "x.«new_zeros→new_empty»(launch.counters"},
+    ("backward.py", ONE_LAUNCH): {"dy taken for dz in one launch": "walk, «False→True», activation"},
+    ("backward.py", f"{MEMORY} -k one"): {
+        "backward's counters not cleared": "like.«new_zeros→new_empty»(launch.counters"},
     ("backward.py", RAGGED): {"backward's last slice one block too long": "if channel_block <«→=» channel_blocks"},
     ("launching.py", f"{VALUES} {TWO_FROZEN}"): {
         "first norm's mean for a frozen second": "(«residual_norm→norm».running_mean, residual_norm.running_var) if"},
     ("launching.py", DTYPES): {
+        "dz rounded to the input's dtype": "torch.empty_like(self.like«, dtype=self.dtypes[1]→») if of_residual",
         "float64 residual computed in float32": "found.g, accumulator(x«, residual→»)",
-        "float64 gradient summed in float32": "accumulator(x, residual«, dy→»)"},
+        "float64 gradient summed in float32": "accumulator(like, residual«, dy→»)"},
     ("tickets.py", "test_one_launch.py::test_order_of_the_work"): {
         "second phase before its first": "turn // 2« - 1→», (turn",
         "last slice not normalised": "turn == 2 * slices« - 1→»",
