@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from activation_faults import ACTIVATION_FAULTS
 from fault_list import BY_FILE_AND_TESTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +55,7 @@ class Fault(NamedTuple):
 
 FAULTS = tuple(
     Fault(name, file, CHANGE.sub(r"\1", code), CHANGE.sub(r"\2", code), tests)
-    for (file, tests), faults in BY_FILE_AND_TESTS.items()
+    for (file, tests), faults in (*BY_FILE_AND_TESTS.items(), *ACTIVATION_FAULTS.items())
     for name, code in faults.items()
 )
 

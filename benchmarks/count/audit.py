@@ -33,7 +33,7 @@ from console.rows import Rows
 from resfused.kernels.geometry import Geometry, geometry
 from resfused.kernels.gpu import launch_table
 from rich.console import Console
-from workloads.nodes import resnet50_nodes
+from workloads.nodes import FORMS, resnet50_nodes
 
 from count.budgets import BATCH, BUDGETS, RESNET50, Loop, Row, StepCount, full, violations, worst
 from count.ceilings import ARCHITECTURES, CARDS, KIB, Work, arithmetic, ceiling, pipe_counts, resident_programs
@@ -52,9 +52,9 @@ from count.machine_code import (
 from count.offline import (
     BACKWARD,
     FORKED,
-    FORMS,
     FORWARD,
     LAYOUTS,
+    OTHER_FORMS,
     PHASES,
     Fills,
     Launch,
@@ -77,12 +77,14 @@ DTYPES = {
 
 
 class Task(NamedTuple):
-    """What one call of a worker compiles: every form and phase of these shapes."""
+    """What one call of a worker compiles: these forms and phases of these shapes."""
 
     architecture: str
     dtype: str
     layout: str
     shapes: tuple[tuple[int, ...], ...]
+    forms: tuple[str, ...] = FORMS
+    phases: tuple[str, ...] = PHASES
 
 
 class Audit(NamedTuple):
@@ -96,11 +98,11 @@ class Audit(NamedTuple):
     fills: Counter[tuple[object, ...]]
 
 
-def rows_of(task: Task, forms: Iterable[str] = FORMS, phases: Iterable[str] = PHASES) -> Audit:
+def rows_of(task: Task) -> Audit:
     """Every launch of a task, compiled and read back. Needs a process without TRITON_INTERPRET."""
     found = Audit([], [], Counter())
     dtype = getattr(torch, task.dtype)
-    for shape, form, phase in product(task.shapes, forms, phases):
+    for shape, form, phase in product(task.shapes, task.forms, task.phases):
         g = geometry(torch.empty(shape, device="meta", memory_format=LAYOUTS[task.layout]))
         card = launch_table.using(MULTIPROCESSORS=ARCHITECTURES[task.architecture].multiprocessors)
         with card, compiling_for(task.architecture) as launches, Fills() as fills:
@@ -210,12 +212,19 @@ def audit(tasks: list[Task], console: Console) -> Audit:
 
 
 def tasks_of(architectures: Iterable[str], short: bool) -> list[Task]:
-    """All shapes of all dtypes or, short, one shape in bfloat16 on the first architecture. The longest come first."""
+    """All shapes of all dtypes or, short, one shape in bfloat16 on the first architecture. The longest come first.
+
+    The other activations' on that one shape.
+    """
     dtypes = {"bfloat16": RESNET50[:1]} if short else DTYPES
     chosen = list(architectures)[:1] if short else list(architectures)
-    return [
+    tasks = [
         Task(architecture, dtype, layout, shapes)
         for dtype, shapes in dtypes.items()
+        for architecture, layout in product(chosen, LAYOUTS)
+    ]
+    return tasks + [
+        Task(architecture, "bfloat16", layout, RESNET50[:1], OTHER_FORMS, (FORWARD, BACKWARD))
         for architecture, layout in product(chosen, LAYOUTS)
     ]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from workloads.nodes import resnet50_nodes
+from workloads.nodes import FORMS, resnet50_nodes
 
 from count.ceilings import KIB, Ceiling
 
@@ -93,19 +93,22 @@ class Budget(NamedTuple):
         return f"{'<=' if self.most else '>='} {self.bound:g}"
 
 
+def _aimed_at(row: Row) -> bool:
+    return row.architecture == "sm_90" and row.dtype == "bfloat16" and row.shape in RESNET50
+
+
 def _goal(figure: Callable[[Row, Loop], float | None]) -> Callable[[Row], float | None]:
-    """Of streaming kernels on ResNet-50's activations, for which the figures are set."""
+    """Of streaming kernels on ResNet-50's activations and with its ReLU, for which the figures are set."""
 
     def of(row: Row) -> float | None:
-        aimed_at = row.architecture == "sm_90" and row.dtype == "bfloat16" and row.shape in RESNET50
-        return figure(row, row.loop) if aimed_at and row.loop is not None else None
+        return figure(row, row.loop) if _aimed_at(row) and row.form in FORMS and row.loop is not None else None
 
     return of
 
 
 def _statistics(norms: int) -> Callable[[Row], float | None]:
     def instructions(row: Row, loop: Loop) -> float | None:
-        two = row.form == "norm+add(norm)+relu"
+        two = "+add(norm)" in row.form
         return loop.instructions / loop.loaded if row.kernel == "statistics" and two == (norms == 2) else None
 
     return _goal(instructions)
@@ -137,7 +140,36 @@ GOALS = (
     Budget("registers of a thread", _goal(lambda row, loop: row.registers), 128),
     Budget("how full the last wave is", _goal(_last_wave), 0.9, most=False),
 )  # fmt: skip
-BUDGETS = ALWAYS + GOALS
+# With another activation: the registers of a thread and the instructions of an element, as they are.
+OTHERS = {
+    ("norm+silu", "normalise"): (48, 15), ("norm+silu", "reduce"): (104, 22), ("norm+silu", "apply"): (96, 23.5),
+    ("norm+add+silu", "normalise"): (56, 18.5), ("norm+add+silu", "reduce"): (112, 26.5),
+    ("norm+add+silu", "apply"): (64, 12),
+    ("norm+add+relu6", "normalise"): (64, 20.5), ("norm+add+relu6", "reduce"): (120, 16.5),
+    ("norm+add+relu6", "apply"): (64, 12),
+    ("norm+add(norm)+identity", "normalise"): (80, 17.5), ("norm+add(norm)+identity", "reduce"): (72, 17.5),
+    ("norm+add(norm)+identity", "apply"): (128, 21.5),
+}  # fmt: skip
+
+
+def _of_others(figure: Callable[[Row, Loop], float], which: int) -> Callable[[Row], float | None]:
+    """Of what ``OTHERS`` allows."""
+
+    def of(row: Row) -> float | None:
+        allowed = OTHERS.get((row.form, row.kernel))
+        if allowed is None or row.loop is None or not _aimed_at(row):
+            return None
+        return figure(row, row.loop) / allowed[which]
+
+    return of
+
+
+OTHER_GOALS = (
+    Budget("registers of a thread with another activation, of its own", _of_others(lambda row, _: row.registers, 0), 1),
+    Budget("instructions an element with another activation, of its own",
+           _of_others(lambda _, loop: loop.instructions, 1), 1),
+)  # fmt: skip
+BUDGETS = ALWAYS + GOALS + OTHER_GOALS
 LAUNCHES, KERNELS = 196, 20
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from resfused.kernels import gpu
+from resfused.kernels.activation import Activation
+from resfused.kernels.call import to_keep
 from resfused.kernels.geometry import geometry
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,8 +20,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-# The residual, and whether it is normed too.
-FORMS = {"norm+relu": (False, False), "norm+add+relu": (True, False), "norm+add(norm)+relu": (True, True)}
+# Other activations: from z, of one tensor and of two, from bits, and with no need of either.
+OTHER_FORMS = ("norm+silu", "norm+add+silu", "norm+add+relu6", "norm+add(norm)+identity")
 FORWARD, BACKWARD, FORKED, EVAL = PHASES = (
     "training forward", "training backward", "training backward of a fork", "eval forward"
 )  # fmt: skip
@@ -100,36 +102,39 @@ def compiler_environment() -> Iterator[None]:
 
 
 def compile_launches(form: str, phase: str, dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> None:
-    """Makes the launches of one form and phase, on tensors that have no data."""
-    has_residual, norm_residual = FORMS[form]
+    """Makes the launches of one form and phase, on tensors that have no data. A form ends in its activation's name."""
+    *added, name = form.split("+")[1:]
+    has_residual, norm_residual, activation = bool(added), added == ["add(norm)"], Activation(name)
 
-    def activation() -> Tensor:
+    def tensor() -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta", memory_format=LAYOUTS[layout])
 
     def norm() -> gpu.Norm:
         vectors = [torch.empty(shape[1], dtype=accumulator, device="meta") for _ in range(4)]
         return gpu.Norm(*vectors, momentum=0.1, eps=1e-5)
 
-    accumulator = gpu.accumulator(activation())
-    x = activation()
-    residual = activation() if has_residual else None
+    x = tensor()
+    accumulator = gpu.accumulator(x)
+    residual = tensor() if has_residual else None
     norms = norm(), norm() if norm_residual else None
-    masked = has_residual and not norm_residual
+    # The gradients of every input that there is.
+    wanted = gpu.Gradients(True, has_residual, True, True, norm_residual, norm_residual)
+    keep = to_keep(has_residual, norm_residual, True, activation, wanted)
     if phase in (FORWARD, EVAL):
-        gpu.forward(x, residual, *norms, training=phase == FORWARD, masked=masked and phase == FORWARD)
+        training = phase == FORWARD
+        gpu.forward(x, residual, *norms, training, keep.mask and training, activation)
         return
     kept = gpu.Kept(
-        x,
-        None,
-        residual if norm_residual else None,
-        dtype if masked else None,
-        torch.empty(geometry(x).mask_numel, dtype=torch.uint8, device="meta") if masked else None,
+        x if keep.x else None,
+        dtype,
+        residual if keep.residual else None,
+        dtype,
+        torch.empty(geometry(x).mask_numel, dtype=torch.uint8, device="meta") if keep.mask else None,
         torch.empty((4 if norm_residual else 2, shape[1]), dtype=accumulator, device="meta"),
         *norms,
+        activation,
     )
-    # Those of every input that there is.
-    wanted = gpu.Gradients(True, has_residual, True, True, norm_residual, norm_residual)
-    gpu.backward(activation(), activation() if phase == FORKED else None, kept, wanted)
+    gpu.backward(tensor(), tensor() if phase == FORKED else None, kept, wanted)
 
 
 class Fills(TorchDispatchMode):

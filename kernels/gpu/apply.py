@@ -11,7 +11,7 @@ from torch import Tensor
 from ..activation import Activation
 from .launching import Backward, activation_options, tile_options
 from .plans import Made
-from .reduce import Gradient, InputGradients, Saved, activation_gradient, load_gradient, load_saved
+from .reduce import Gradient, InputGradients, Saved, activation_gradient, load_centred, load_gradient, shortcut
 from .tile import (
     NormVectors,
     Order,
@@ -71,16 +71,23 @@ def apply(
         group, block = in_order(next_group, next_block, walk, order.REVERSED, tiling.CHANNELS_LAST)
         next_group, next_block = next_place(next_group, next_block, walk.stride, tiling.CHANNELS_LAST)
         start, local, inside = locate(group, block, walk, tiling)
-        loaded = load_saved(saved, start, local, inside, own, other, order.EVICT, tiling.ACC)
+        z = None
+        if saved.x is not None:
+            x = load_centred(saved.x, start, local, inside, own, order.EVICT, tiling.ACC)
+            z = affine(x, own.scale, own.shift)
+        if saved.residual is not None:
+            residual = load_centred(saved.residual, start, local, inside, other, order.EVICT, tiling.ACC)
+            if saved.x is not None:
+                z += shortcut(residual, other)
         dz = load_gradient(gradient, start, local, inside, order.EVICT, tiling.ACC)
         if not IS_DZ:
-            dz = activation_gradient(dz, loaded.z, saved.mask, group, block, walk, inside, activation, tiling)
+            dz = activation_gradient(dz, z, saved.mask, group, block, walk, inside, activation, tiling)
         if out.dz is not None:
             store(out.dz + start + local, dz, inside)
         if out.dx is not None:
-            store(out.dx + start + local, affine(dz, own.scale, affine(loaded.x, slope, offset)), inside)
+            store(out.dx + start + local, affine(dz, own.scale, affine(x, slope, offset)), inside)
         if out.dresidual is not None:
-            line = affine(loaded.residual, residual_slope, residual_offset)
+            line = affine(residual, residual_slope, residual_offset)
             store(out.dresidual + start + local, affine(dz, other.scale, line), inside)
 
 

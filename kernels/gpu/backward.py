@@ -67,7 +67,7 @@ def backward(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients) 
     merge only for sums that something needs, the apply only where an input's gradient waits for them.
     """
     call = Backward.of("backward", dy, dy_fork, kept, *wanted)
-    dx, of_residual = call.rooms(wanted.x, wanted.residual)
+    dx, of_residual = call.rooms(bool(wanted.x), bool(wanted.residual))
     dz, dresidual = (of_residual, None) if kept.residual_norm is None else (None, of_residual)
     parameters = parameter_gradients(kept.norm, kept.residual_norm, wanted)
     waiting = kept.stats is not None and any(t is not None for t in (dx, dresidual))
@@ -85,7 +85,7 @@ def local_sums(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients
     parameters' and that of a residual without a norm, where wanted. Two launches.
     """
     call = Backward.of("sums", dy, dy_fork, kept, *wanted)
-    _, dz = call.rooms(False, wanted.residual and kept.residual_norm is None)
+    _, dz = call.rooms(False, bool(wanted.residual) and kept.residual_norm is None)
     parameters = parameter_gradients(kept.norm, kept.residual_norm, wanted)
     sums = call.like.new_empty((call.rows, call.g.channels), dtype=call.acc)
     launch_sums(call, (dz, None, None), parameters, sums, frozen=False)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activation import IDENTITY, RELU, Activation
+from ..activation import RELU, Activation
 from ..call import NOTHING_BUT_STATISTICS, Norm, outputs
 from . import launch_table
 from .launching import Forward, activation_options, one_launch_options, quad_options
@@ -119,7 +119,7 @@ def local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) ->
     The first phase of ``forward``, for statistics over several processes, in the precision of its own. Two launches.
     """
     second = NOTHING_BUT_STATISTICS if norm_residual else None
-    call = Forward.of("statistics", x, residual, NOTHING_BUT_STATISTICS, second, IDENTITY)
+    call = Forward.of("statistics", x, residual, NOTHING_BUT_STATISTICS, second)
     stats = _room_for_statistics(call)
     launch_statistics(call, stats)
     return stats

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..activation import Activation
+from ..activation import IDENTITY, Activation
 from ..call import Kept, Norm, accumulator, check_mask
 from ..geometry import Geometry, dense, in_layout_of
 from . import launch_table
@@ -36,7 +36,7 @@ class Forward(NamedTuple):
         residual: Tensor | None,
         norm: Norm,
         residual_norm: Norm | None,
-        activation: Activation,
+        activation: Activation = IDENTITY,
         *rest: Any,
     ) -> Forward:
         """``phase`` and ``rest`` tell what is launched for such arguments from all else that is."""

@@ -51,14 +51,6 @@ class Saved(NamedTuple):
     mask: Any
 
 
-class Loaded(NamedTuple):
-    """A tile of what was kept, None where it was not: x and a normed residual less their means, and their z."""
-
-    x: Any
-    residual: Any
-    z: Any
-
-
 class InputGradients(NamedTuple):
     """Pointers to room for the gradients of full size, None where one is not wanted or not yet known."""
 
@@ -86,21 +78,16 @@ def load_gradient(gradient, start, local, inside, EVICT: tl.constexpr, ACC: tl.c
 
 
 @triton.jit
-def load_saved(saved, start, local, inside, own, other, EVICT: tl.constexpr, ACC: tl.constexpr):
-    """The tile at these offsets. ``other`` is the residual's norm, without a mean where it has none."""
-    x = None
-    z = None
-    if saved.x is not None:
-        x = tl.load(saved.x + start + local, mask=inside, other=0, eviction_policy=EVICT).to(ACC) - own.mean
-        z = affine(x, own.scale, own.shift)
-    residual = None
-    if saved.residual is not None:
-        residual = tl.load(saved.residual + start + local, mask=inside, other=0, eviction_policy=EVICT).to(ACC)
-        if other.mean is not None:
-            residual -= other.mean
-        if saved.x is not None:
-            z += residual if other.mean is None else affine(residual, other.scale, other.shift)
-    return Loaded(x, residual, z)
+def load_centred(pointer, start, local, inside, norm, EVICT: tl.constexpr, ACC: tl.constexpr):
+    """A tile of what was kept, less its mean where it has a ``norm``."""
+    value = tl.load(pointer + start + local, mask=inside, other=0, eviction_policy=EVICT).to(ACC)
+    return value if norm.mean is None else value - norm.mean
+
+
+@triton.jit
+def shortcut(residual, norm):
+    """What is added to the norm of x, from the residual as ``load_centred`` gives it."""
+    return residual if norm.mean is None else affine(residual, norm.scale, norm.shift)
 
 
 @triton.jit
@@ -137,9 +124,16 @@ def reduce(
         group, block = next_group, next_block
         next_group, next_block = next_place(group, block, walk.stride, tiling.CHANNELS_LAST)
         start, local, inside = locate(group, block, walk, tiling)
-        loaded = load_saved(saved, start, local, inside, own, other, "", tiling.ACC)
+        z = None
+        if saved.x is not None:
+            x = load_centred(saved.x, start, local, inside, own, "", tiling.ACC)
+            z = affine(x, own.scale, own.shift)
+        if saved.residual is not None:
+            residual = load_centred(saved.residual, start, local, inside, other, "", tiling.ACC)
+            if saved.x is not None:
+                z += shortcut(residual, other)
         dz = load_gradient(gradient, start, local, inside, "", tiling.ACC)
-        dz = activation_gradient(dz, loaded.z, saved.mask, group, block, walk, inside, activation, tiling)
+        dz = activation_gradient(dz, z, saved.mask, group, block, walk, inside, activation, tiling)
         if out.dz is not None:
             store(out.dz + start + local, dz, inside)
         if out.dx is not None:
@@ -149,9 +143,9 @@ def reduce(
         if partials is not None:
             sum_dz += dz
             if saved.x is not None:
-                sum_dz_x += dz * loaded.x
+                sum_dz_x += dz * x
             if second.mean is not None and saved.residual is not None:
-                sum_dz_residual += dz * loaded.residual
+                sum_dz_residual += dz * residual
 
     if partials is not None:
         AXIS: tl.constexpr = 0 if tiling.CHANNELS_LAST else 1

@@ -81,6 +81,13 @@ BAD = {
     },
     "arithmetic": {"loop": replace(LOOP, arithmetic=Ceiling(7.9, "ALU"))},
     "last wave": {"loop": replace(LOOP, last_wave=0.89)},
+    "another activation's registers": {"form": "norm+silu", "kernel": "normalise", "registers": 49},
+    "another activation's instructions": {
+        "form": "norm+silu",
+        "kernel": "apply",
+        "registers": 40,
+        "loop": replace(LOOP, instructions=24.0),
+    },
 }
 NOT_BAD = {
     "no more to be in flight": {"available": 100, "loop": replace(LOOP, in_flight=100)},
@@ -89,6 +96,12 @@ NOT_BAD = {
     "another kernel": {"kernel": "reduce", "loop": replace(LOOP, instructions=14.0)},
     "float64": {"dtype": "float64", "float64": 9},
     "another card": {"architecture": "sm_80", "registers": 255, "loop": replace(LOOP, instructions=20.0)},
+    "another activation": {
+        "form": "norm+silu",
+        "kernel": "reduce",
+        "registers": 40,
+        "loop": replace(LOOP, last_wave=0.1),
+    },
     "a merge": {"kernel": "merge_statistics", "loop": None},
 }
 SASS = {
@@ -128,10 +141,12 @@ ONE_CHANNEL = ((2, 1, 1, 1), (2**13, 1, 2**10, 2**10))
 COVERING = covering(
     architecture=audit.DEFAULT_ARCHITECTURES,
     layout=offline.LAYOUTS,
-    form=offline.FORMS,
+    form=FORMS,
     phase=offline.PHASES,
     shape=(audit.ODD, audit.HUGE, *ONE_CHANNEL),
 ).args[1]
+# (layout, form, phase): every activation forwards and backwards, in one layout or the other.
+OTHER_ACTIVATIONS = covering(layout=offline.LAYOUTS, form=offline.OTHER_FORMS, phase=BOTH_WAYS).args[1]
 
 
 def compiling(program: list[str], tmp_path: Path) -> Any:
@@ -147,7 +162,7 @@ def audited(cases: list[tuple], tmp_path: Path) -> list[dict]:
     """The rows of (architecture, layout, form, phase, shape) in bfloat16, all read back; with what they break."""
     program = (
         "import json, sys; from dataclasses import asdict; from count import audit, budgets;"
-        "found = [audit.rows_of(audit.Task(a, 'bfloat16', l, (tuple(s),)), [f], [p])"
+        "found = [audit.rows_of(audit.Task(a, 'bfloat16', l, (tuple(s),), (f,), (p,)))"
         " for a, l, f, p, s in json.loads(sys.argv[1])];"
         "rows = [asdict(r) | {'broken': budgets.violations(r, budgets.ALWAYS)} for f in found for r in f.rows];"
         "print(json.dumps([rows, sum((f.unread for f in found), [])]))"
@@ -163,7 +178,7 @@ def broken(rows: list[dict]) -> set[tuple]:
 
 
 def test_budgets_hold(tmp_path: Path) -> None:
-    rows = audited(list(product(["sm_90"], offline.LAYOUTS, offline.FORMS, BOTH_WAYS, [EVEN])), tmp_path)
+    rows = audited(list(product(["sm_90"], offline.LAYOUTS, FORMS, BOTH_WAYS, [EVEN])), tmp_path)
     streaming = {kernel for kernel, _ in launch_table.STREAMING}
     assert {row["kernel"] for row in rows if row["loop"]} == streaming
     assert {row["kernel"] for row in rows if row["least_width"] == 128} == streaming
@@ -176,6 +191,13 @@ def test_budgets_hold(tmp_path: Path) -> None:
             assert 0 < loop["in_flight"] <= threads * loop["elements"] * loop["moved"] * steps
             assert 0 < loop["pipes"]["ALU"] < loop["instructions"] < 50
             assert all(0 < bandwidth <= CARDS[card].copy for card, (bandwidth, _) in loop["ceilings"].items())
+
+
+def test_other_activations_hold(tmp_path: Path) -> None:
+    rows = audited([("sm_90", *case, EVEN) for case in OTHER_ACTIVATIONS], tmp_path)
+    assert broken(rows) == set()
+    of_their_own = {(row["form"], row["kernel"]) for row in rows if row["loop"] and row["kernel"] != "statistics"}
+    assert of_their_own == budgets.OTHERS.keys()
 
 
 def test_other_cards_and_shapes_compile(tmp_path: Path) -> None:

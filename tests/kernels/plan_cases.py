@@ -13,6 +13,8 @@ from unittest import mock
 
 import torch
 from count.stub_driver import launching_nothing
+from resfused.kernels.activation import Activation
+from resfused.kernels.call import Kept
 from resfused.kernels.gpu import launch_table, plans
 from triton import knobs
 from triton.backends.nvidia import driver as nvidia
@@ -39,6 +41,16 @@ def step(x, momentum=0.1, **dtypes):
     y = functional.batch_norm_add_relu(x, x.detach(), *running, weight, None, True, momentum)
     if torch.is_grad_enabled():
         torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+
+
+def frozen(x, name, kept=True, dtype=torch.float32):
+    """The forward and the backward of a frozen norm, each one launch; without x only those of an identity."""
+    norm = kernels.Norm(None, None, torch.zeros(x.shape[1]), torch.ones(x.shape[1]), 0.1, 1e-5)
+    given = Kept(x if kept else None, dtype, None, None, None, None, norm, None, Activation(name))
+    return (
+        lambda: kernels.forward(x, None, norm, None, False, False, given.activation),
+        lambda: kernels.backward(torch.ones_like(x), None, given, kernels.Gradients(True, *[False] * 5)),
+    )
 
 
 class Launches:
@@ -79,6 +91,13 @@ def found(launches):
             results[name] = of(lambda x=x: step(x)), of(lambda x=x: step(x))
     with torch.no_grad():
         results["vectors' dtype"] = of(lambda: step(variants["dtype"], dtype=torch.bfloat16))
+    x = variants["first"].detach()
+    for name, given in {
+        "nothing": ("silu",), "activation": ("identity",), "x": ("identity", False),
+        "x's dtype": ("identity", False, torch.bfloat16),
+    }.items():  # fmt: skip
+        forward, backward = frozen(x, *given)
+        results[f"forward, {name}"], results[f"backward, {name}"] = of(forward), of(backward)
     results["momentum"] = of(lambda: step(variants["first"], momentum=0.7))
     with launch_table.using(STREAMING=launch_table.STREAMING):
         results["launch table"] = of(lambda: step(variants["first"]))

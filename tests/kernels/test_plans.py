@@ -37,7 +37,13 @@ def test_what_is_new_is_looked_up_once(found, change):
     assert again == [0, launched]
 
 
-@pytest.mark.parametrize("change", ["vectors' dtype", "launch table", "hook"])
+CHANGES = (
+    "vectors' dtype", "launch table", "hook", "forward, activation", "backward, activation", "backward, x",
+    "backward, x's dtype",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_has_changed_is_looked_up_again(found, change):
     looked_up, launched = found[change]
     assert looked_up == launched > 0
