@@ -16,6 +16,7 @@ readme = re.sub(r"\[([^]]+)\]\((?!https?:|#)([^)]+)\)", r"\1 (`\2`)", (root / "R
 # Triton's interpreter needs numpy, and does not ask for it.
 bench = ["matplotlib>=3.8", "numpy>=1.26", "rich>=13", "scikit-learn>=1.5", "torchvision"]
 networks = ["timm>=1", "transformers>=4.50"]
+loops = ["accelerate>=1.15", "lightning>=2.5"]
 test = [
     "pytest>=8",
     "pytest-xdist>=3.5",
@@ -24,6 +25,7 @@ test = [
     "onnx",
     "onnxscript",
     *networks,
+    *loops,
     *bench,
 ]
 

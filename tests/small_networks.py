@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from unittest import mock
 
 import torch
@@ -173,15 +176,28 @@ PLACES = {
 }
 
 
+@contextmanager
+def counted(kernels: ModuleType = kernels) -> Iterator[list[int]]:
+    """Of the nodes that ran on the kernels, afterwards: how many forward, backward, and backward with two gradients."""
+    with (
+        mock.patch.object(kernels, "forward", wraps=kernels.forward) as forward,
+        mock.patch.object(kernels, "backward", wraps=kernels.backward) as backward,
+    ):
+        ran: list[int] = []
+        yield ran
+        pairs = sum(call.args[1] is not None for call in backward.call_args_list)
+        ran += [forward.call_count, backward.call_count, pairs]
+
+
 def pairs(model, x):
     """How many nodes of a training step were given two gradients to add."""
-    with mock.patch.object(kernels, "backward", wraps=kernels.backward) as counted:
+    with counted() as ran:
         step(model, x)
-    return sum(call.args[1] is not None for call in counted.call_args_list)
+    return ran[2]
 
 
 def nodes(model, x):
     """How many fused nodes a training step has."""
-    with mock.patch.object(kernels, "forward", wraps=kernels.forward) as counted:
+    with counted() as ran:
         step(copy.deepcopy(model), x)
-    return counted.call_count
+    return ran[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from workloads import families
+from workloads import detection, families
 from workloads.networks import cifar_resnet
 
 Shape = tuple[int, int, int, int]
@@ -28,18 +28,20 @@ class Entry:
 
 
 def build(name: str) -> nn.Module:
-    """The network ``name`` of ``NETWORKS``, ``FAMILIES`` or ``SMALL``, in training mode.
-
-    Weights and biases of its norms are random too: timm's start a block's last norm at 0, which would hide its branch.
+    """The network ``name`` of ``NETWORKS``, ``FAMILIES`` or ``SMALL``, in training mode, its norms random too.
 
     Raises: ModuleNotFoundError where its library is not installed.
     """
-    network = entry(name).make()
+    return with_random_norms(entry(name).make()).train()
+
+
+def with_random_norms(network: nn.Module) -> nn.Module:
+    """Of their weights and biases: timm's start a block's last norm at 0, which would hide its branch."""
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
-    return network.train()
+    return network
 
 
 def entry(name: str) -> Entry:
@@ -71,6 +73,18 @@ def _register_nothing(operator: str) -> Callable[[Callable[..., Any]], Callable[
 
 def _torchvision(name: str, shape: Shape = (2, 3, 64, 64), **settings: Any) -> Entry:
     return Entry(lambda: torchvision().models.get_model(name, weights=None, **settings), shape)
+
+
+def _detector(name: str) -> Entry:
+    def make() -> nn.Module:
+        library = torchvision()
+        # What cannot be loaded is as good as not installed.
+        if not library.extension._has_ops():
+            raise ModuleNotFoundError("torchvision's own operators, such as nms, are not there beside this torch")
+        settings = {"weights": None, "weights_backbone": None, **detection.SETTINGS[name]}
+        return detection.Detector(library.models.get_model(name, **settings))
+
+    return Entry(make, (2, 3, 96, 96))
 
 
 def _small_torchvision(block: str, width: int) -> Entry:
@@ -132,6 +146,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 FAMILIES: dict[str, Entry] = {
     **{f"torchvision/{name}": _torchvision(name, **_SETTINGS.get(name, {})) for name in families.TORCHVISION},
+    **{f"torchvision/{name}": _detector(name) for name in families.DETECTORS},
     **{f"timm/{name}": _timm(name, **_SETTINGS.get(name, {})) for name in families.TIMM},
 }
 

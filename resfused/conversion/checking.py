@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from .. import functional, norms
 from ..operator import synchronised
 from . import calls
-from .fused_forward import FusedForward
+from .fused_forward import FusedForward, fused_forward
 
 if TYPE_CHECKING:
     from .report import Fused, Report
@@ -89,7 +89,7 @@ class _Watch:
         self.owners = {id(t): m for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values())}
 
     def reason(self, module: nn.Module) -> str:
-        if not isinstance(module.__dict__.get("forward"), FusedForward):
+        if fused_forward(module) is None:
             return "the module has no fused forward any more"
         if module not in self.kept:
             return "the model does not call the module"

@@ -7,7 +7,7 @@ import sys
 from torch import nn
 
 from ..backend import backend_for, get_backend
-from .fused_forward import FusedForward
+from .fused_forward import FusedForward, fused_forward
 from .planning import Filter, Planner
 from .reading.tracing import traceable
 from .reasons import left
@@ -55,8 +55,8 @@ def unfuse_(model: nn.Module) -> None:
     """
     _check(model, None)
     for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, FusedForward):
+        forward = fused_forward(module)
+        if forward is not None:
             forward.take_off()
 
 

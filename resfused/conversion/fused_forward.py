@@ -158,7 +158,9 @@ class FusedForward:
 
     def take_off(self) -> None:
         for name in ATTRIBUTES:
-            object.__delattr__(self.module, name)
+            # A forward that others have put over this one stays, and what it calls is the class's own.
+            if name != "forward" or self.module.__dict__.get(name) is self:
+                object.__delattr__(self.module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _is_looked_into():
@@ -245,6 +247,11 @@ class FusedForward:
         return self.plans[call.signature]
 
     @property
+    def __func__(self) -> Callable[..., Any]:
+        """As a method's, which wrappers wrap and bind again: to the module, and by deepcopy to its copy."""
+        return forward
+
+    @property
     def __globals__(self) -> dict[str, Any]:
         """What torch.jit.script cannot do without. An AttributeError, as others ask whether there are any."""
         raise AttributeError("torch.jit.script cannot compile a fused forward: call resfused.unfuse_(model) before it")
@@ -257,6 +264,18 @@ class FusedForward:
     def __code__(self) -> CodeType:
         """Where torch.export says that the forward is written."""
         return type(self.module).forward.__code__
+
+
+def fused_forward(module: nn.Module) -> FusedForward | None:
+    """That of the module, also where others have put their own forward over it."""
+    found = getattr(module.__dict__.get("extra_repr"), "__self__", None)
+    return found if isinstance(found, FusedForward) else None
+
+
+def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Named as what pickle is to look up in a module."""
+    fused = fused_forward(module)
+    return type(module).forward(module, *args, **kwargs) if fused is None else fused(*args, **kwargs)
 
 
 def _is_looked_into() -> bool:

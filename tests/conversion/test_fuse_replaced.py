@@ -1,5 +1,8 @@
 """What a fused model does once parts of it are others; ``fuse_`` again, of a part, undone."""
 
+import copy
+import functools
+from types import MethodType
 from unittest import mock
 
 import pytest
@@ -166,3 +169,29 @@ def test_a_subclass_that_calls_its_base(device):
     x = activations(device)
     assert nodes(fused, x) == 4
     assert_close(step(fused, x), step(eager, x), 1e-9)
+
+
+def test_a_forward_that_is_wrapped_and_bound_again(device):
+    """As accelerate does for mixed precision: a copy runs its own, and unfuse_ leaves what is not of fuse_."""
+    fused, eager = fused_and_eager(ResNet(), device)
+    for model in (fused, eager):
+        plain = model.forward.__func__
+
+        @functools.wraps(plain)
+        def doubled(module, *args, plain=plain):
+            return 2 * plain(module, *args)
+
+        model.forward = MethodType(doubled, model)
+    x = images(device)
+    assert nodes(fused, x) == 11
+    assert_close(step(fused, x), step(eager, x), 1e-9)
+    twins = [copy.deepcopy(model) for model in (fused, eager)]
+    for twin in twins:
+        torch.manual_seed(1)
+        nn.init.normal_(twin.fc.weight)
+        nn.init.normal_(twin.bn1.weight)
+    assert_close(*(step(twin, x) for twin in twins), 1e-9)
+    resfused.unfuse_(fused)
+    assert nodes(fused, x) == 0
+    assert "fused" not in repr(fused)
+    assert_close(step(fused, x), step(eager, x), 1e-12)

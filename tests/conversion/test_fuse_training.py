@@ -1,4 +1,4 @@
-"""Fused models in training loops: precisions, accumulation, checkpointing, averages, copies, files, freezing."""
+"""Fused models in training loops: precisions, accumulation, checkpointing, copies, files, freezing."""
 
 import copy
 import io
@@ -25,7 +25,6 @@ from small_networks import (
 )
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import resfused
@@ -216,25 +215,6 @@ def test_forward_mode_derivatives(training, device):
             y = model(torch.autograd.forward_ad.make_dual(x, x.sin()))
             tangents.append(torch.autograd.forward_ad.unpack_dual(y).tangent)
     assert relative_error(*tangents) < 1e-9
-
-
-def test_averages(device):
-    """An exponential average of parameters and buffers, and fresh statistics for it."""
-    fused, eager = fused_and_eager(chain(), device)
-    x = activations(device)
-    results = []
-    for model in (fused, eager):
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        for _ in range(2):
-            step(model, x)
-            optimizer.step()
-            average.update_parameters(model)
-        assert is_fused(average) == is_fused(model) == (model is fused)
-        averaged = step(average, x)
-        update_bn([x, x + 1], average)
-        results.append(averaged | {f"updated {name}": b for name, b in average.named_buffers()})
-    assert_close(*results, 1e-9)
 
 
 def test_deepcopy_is_fused_and_independent(device):
