@@ -169,7 +169,7 @@ class Report:
 
 def _without_names(reason: str) -> str:
     """ "layer1.0.se, an SE, ..." of every block as one reason."""
-    return re.sub(r"\b(?!model, )\S+, (?=an? \w+,)|(?<=that follows), \S+$", "", reason)
+    return re.sub(r"\b(?!model, )\S+, (?=an? \w+,)", "", reason)
 
 
 def _form(entry: Fused) -> str:
