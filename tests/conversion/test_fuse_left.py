@@ -29,6 +29,11 @@ def norm_used_twice(self, x):
     return F.relu(out) * out
 
 
+def addend_used_twice(self, x):
+    out = self.a(x)
+    return F.relu(out + x) * out
+
+
 def added_to_itself(self, x):
     out = self.a(x)
     return F.relu(out + out)
@@ -99,6 +104,7 @@ WITHOUT_WHAT_FOLLOWS = {
     "in place on the input": (in_place_on_input, ALONE),
     "sum used twice": (sum_used_twice, SUM),
     "norm used twice": (norm_used_twice, ALONE),
+    "addend used twice": (addend_used_twice, ALONE),
     "added to itself": (added_to_itself, ALONE),
     "called twice": (called_twice, ALONE),
 }

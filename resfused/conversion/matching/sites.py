@@ -88,11 +88,11 @@ class Matcher(Effects):
         place: Applied = self.applied(node)  # type: ignore[assignment]
         source, passed = self.peel(place.source)
         place = Applied(place.activation, source, (*passed, *place.nodes))
-        if not {*uses(source)} <= {*place.nodes}:
-            return None
         operand = self._operand(source, (), {*place.nodes})
         if operand is not None:
             return self._rewrite(place, operand, None)
+        if not {*uses(source)} <= {*place.nodes}:
+            return None
         return self._fuse_sum(place._replace(source=self._norm_last(source)))
 
     def _fuse_sum(self, place: Applied) -> Site | None:
