@@ -16,6 +16,8 @@ ONE_PROCESS = "test_synchronised.py::test_a_group_of_one"
 MERGE = "test_synchronised.py::test_merge_of_processes"
 PROCESSES = "'test_synchronised.py::test_processes[torch-2]'"
 REASONS = "test_fuse_left.py::test_left_alone_with_the_reason"
+FOLLOWS = "test_fuse_left.py::test_what_follows_is_left"
+ACTS = "test_fuse_activations.py"
 REPLACED = "test_fuse_replaced.py::test_replaced_after_fuse"
 TWO = "-k 'not norm+relu and not add+relu'"
 TWO_TRAINING = "-k 'training and not norm+relu and not add+relu'"
@@ -277,7 +279,7 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("calls.py", f"{FUSE}::test_addition_in_place_keeps_its_dtype"): {
         "sum in place in the wider dtype": "    if «kept is None→True»:\n"},
     ("calls.py", f"{FUSE}::test_every_way_to_write_an_addition -k broadcast"): {
-        "broadcast residual in the kernels": "    if «residual.shape != input.shape→False»:\n        y = F.relu(norm"},
+        "broadcast residual in the kernels": "    if «residual.shape != input.shape→False»:\n        z = norm"},
     ("fuse.py", f"{HOOKS}::test_fuse_again_with_a_narrower_filter"): {
         "earlier fusion left": "    «unfuse_(model)\n    →»for"},
     ("fuse.py", f"{FUSE}::test_wrong_arguments_change_nothing"): {
@@ -324,28 +326,58 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
             "«FusedForward(replica, self.plans, self.places, self.refused, self.recomputed).put_on()→pass»"},
     ("fused_forward.py", f"{HOOKS}::test_a_hook_on_a_norm_that_reads_a_pair"): {
         "hooked norm reads half a gradient": "not is_norm(norm)« or is_watched(norm)→»"},
-    ("matching.py", f"{REASONS} -k twice"): {
-        "norm used twice": "not self.is_norm_call(node)« or len(uses(node)) != 1→»",
-        "sum used twice": "if pair is None« or len(uses(source)) != 1→»",
-        "norm called twice": "«or not is_called_once(self.graph, str(call.target))→»"},
-    ("matching.py", f"{FUSE}::test_filter"): {
-        "norm that filter_fn refuses": "«isinstance(norm, _BatchNorm) and not self.allowed(norm)→False»"},
-    ("matching.py", "test_fuse_left.py::test_an_identity_used_twice"): {
+    ("sites.py", f"{FOLLOWS} -k twice"): {
+        "norm used twice": "if not self._may_fuse(node)« or not {*uses(node)} <= users→»",
+        "sum used twice": "if «not {*uses(source)} <= {*place.nodes}→False»",
+        "norm called twice": 'node.op == "call_module" and «not is_called_once(self.graph, str(node.target))→False»'},
+    ("sites.py", f"{FUSE}::test_filter"): {
+        "norm that filter_fn refuses": "if «isinstance(norm, _BatchNorm) and not self.allowed(norm)→False»"},
+    ("reader.py", "test_fuse_left.py::test_an_identity_used_twice"): {
         "identity used twice": "and self.is_identity(node)« and len(node.users) == 1→»:"},
-    ("matching.py", "test_fuse_left.py::test_a_change_in_place_between_norm_addition_and_relu"): {
-        "in place by argument": '« or bool(node.kwargs.get("inplace"))→»',
-        "changed between addition and ReLU": "if «self._mutations(addition, relu, {*passed}, pair)→False»",
+    ("nodes.py", "test_fuse_left.py::test_a_change_in_place_between_norm_addition_and_relu"): {
+        "in place by argument": '« or bool(node.kwargs.get("inplace"))→»'},
+    ("sites.py", "test_fuse_left.py::test_a_change_in_place_between_norm_addition_and_relu"): {
+        "changed between addition and ReLU": "if «self.may_change(pair, addition, place.value, {*place.nodes})→False»",
         "changed between norm and ReLU":
-            "if «self._mutations(operand.norm, relu, pattern, (source,)) and not alone→False»"},
-    ("matching.py", f"{REASONS} -k place"): {
-        "addition in place to what others hold": "if not any(operands)« or self._changes_others(addition, operands)→»"},
-    ("matching.py", "test_fuse_left.py::test_two_functional_norms_that_differ"): {
+            "if «self.may_change((source,), operand.norm, place.value, pattern) and not alone→False»"},
+    ("sites.py", f"{FOLLOWS} -k place"): {
+        "addition in place to what others hold":
+            "if main is None« or (operands[0] is None and self.changes_others(addition))→»"},
+    ("sites.py", "test_fuse_left.py::test_two_functional_norms_that_differ"): {
         "functional and module norm in one call": "«self._is_functional(main) != self._is_functional(other)→False»"},
-    ("matching.py", f"{FUSE}::test_addition_in_place_keeps_its_dtype"): {
-        "dtype of a sum in place": 'return «"residual" if addition.args[0] is residual else "input"→None»'},
-    ("matching.py", f"{REASONS} -k scaled"): {"scaled addition": "len(node.args) != 2« or node.kwargs→»"},
-    ("matching.py", "test_fuse_replaced.py::test_replaced_by_what_lets_the_input_change"): {
+    ("sites.py", f"{FUSE}::test_addition_in_place_keeps_its_dtype"): {
+        "dtype of a sum in place": 'return «"residual" if added.addition.args[0] is added.residual else "input"→None»'},
+    ("reader.py", f"{FOLLOWS} -k scaled"): {"scaled addition": "len(node.args) != 2« or node.kwargs→»"},
+    ("reader.py", f"{FOLLOWS} -k itself"): {"added to itself": "isinstance(b, fx.Node)« and a is not b→»"},
+    ("effects.py", "test_fuse_replaced.py::test_replaced_by_what_lets_the_input_change"): {
         "known modules not noted": "«        self.relied_on.add(str(node.target))\n→»"},
+    ("sites.py", f"{ACTS}::test_every_way_to_write_it"): {
+        "every activation a ReLU": "residual_norm, «place.activation→IDENTITY», _kept(added), False)",
+        "activations not named": 'f"{head}+{«place.activation.name→str()»}"'},
+    ("sites.py", f"{ACTS}::test_inverted_residuals"): {
+        "sums that nothing follows left": "for node in «self._all(self.addends)→[]»",
+        "norms alone left": "for node in «self._all(self.is_norm_call)→[]»"},
+    ("sites.py", f"{ACTS}::test_a_changed_attribute"): {
+        "attributes not noted": "«values = attributes(module)→values = {}»"},
+    ("reader.py", f"{ACTS} -k gate"): {
+        "gate used twice": "self._activation(gate) == SIGMOID« and len(gate.users) == 1→»",
+        "gate of something else": "if «gate.args[:1] == (x,) and →»self._activation(gate)",
+        "gate in place": "return «None if changes_in_place(gate) else →»Applied(SILU"},
+    ("reader.py", f"{ACTS}::test_a_hook_on_the_activation"): {
+        "hook on an activation": "return computed(module) if is_plain_call(node)« and not is_watched(module)→» else"},
+    ("activations.py", f"{ACTS}::test_what_is_none"): {
+        "every limit that of ReLU6": 'Activation("relu6") if «(min_val, max_val) == (0, 6)→True»'},
+    ("activations.py", f"{ACTS}::test_modules_of_timm"): {
+        "clamp taken for ReLU6": "return lambda z, inplace=False: «None if inplace else →»Activation(name)"},
+    ("drafting.py", f"{ACTS} -k ones_own"): {
+        "own activations of two norms left":
+            "or _is_leaf(module)«→ or not is_called_once(matcher.graph, str(node.target))»"},
+    ("drafting.py", f"{FUSE}::test_flat_sequential"): {
+        "identity of one's own left": 'self._computes_only(matcher, node, «"nothing"→"an activation"») and self'},
+    ("checking.py", f"{ACTS}::test_on_plain_operators_a_norm_alone_is_not_fused"): {
+        "a norm alone told to be fused": 'noted = «self.plain if alone and backend_for(input) == "torch" else →»self.ran'},
+    ("passes.py", "test_report.py::test_passes_of_every_form"): {
+        "shortcut of a smooth one read once": "«1.0 if activation.slopes is None else →»2 * _MASK"},
     ("drafting.py", f"{FUSE}::test_code_that_differs_in_training"): {
         "code of one mode for both": "if «→True or »not any(draft.depends_on_mode"},
     ("planning.py", "test_fuse_reads.py::test_a_value_used_elsewhere_is_no_pair"): {
@@ -361,10 +393,10 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("tracing.py", "test_fuse_calls.py -k that_the_code"): {
         "changed list let through": "if «repr((args, kwargs)) != before→False»",
         "returned list copied": "if «not _containers_in((args, kwargs)).isdisjoint(_containers_in(result))→False»"},
-    ("matching.py", "test_fuse_zoo.py::test_what_others_hold_is_left"): {
+    ("effects.py", "test_fuse_zoo.py::test_what_others_hold_is_left"): {
         "view taken for a tensor of its own": '_FRESH_METHODS = («→"view_as", »"add"',
         "tensor that is read taken for another": "apart = «changed not in read and →»all("},
-    ("matching.py", "test_fuse_zoo.py::test_a_dropout_that_drops_is_left_in_training"): {
+    ("sites.py", "test_fuse_zoo.py::test_a_dropout_that_drops_is_left_in_training"): {
         "what a dropout drops not noted": "in skipped:\n            «self._take_for_granted(str(node.target))→pass»"},
     ("drafting.py", "test_fuse_zoo.py::test_no_forward_is_replaced_where_nothing_is_fused"): {
         "forward replaced in vain": "for draft in ordered if draft.sites or «draft.hands_on→True»"},
@@ -410,8 +442,8 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "fused norms told as left": "and« name not in done and→»"},
     ("report.py", f"{FUSE}::test_report_counts_norms"): {
         "places counted for norms": "_counted(len(self.«norms→fused») + len(self.left)"},
-    ("report.py", f"{FUSE}::test_report_counts_pairs"): {"pairs not counted": "if «self.forked→False» else 0.0"},
+    ("report.py", f"{FUSE}::test_report_counts_pairs"): {"pairs not counted": "eager(self.form, «self.forked→False»)"},
     ("report.py", f"{FUSE}::test_code_that_differs_in_training"): {
-        "evaluation counted as training": "if «not self.in_training→False»"},
+        "evaluation counted as training": "if «self.in_training→True» else 0.0"},
 }
 # fmt: on

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import functional
+from ..kernels.activation import Activation
 from ..norms import forked_tail
+from ..reference import activate
 
 
 def tail_pair(
@@ -18,45 +20,49 @@ def tail_pair(
     input: Tensor,
     residual: Tensor | None,
     residual_norm: _BatchNorm | None,
+    activation: Activation,
     kept: str | None,
     forked: bool,
 ) -> tuple[Tensor, Tensor]:
-    """relu(norm(input) + s) twice, see ``forked_tail``; plain PyTorch where the addition broadcasts.
+    """activation(norm(input) + s) twice, see ``forked_tail``; plain PyTorch where the addition broadcasts.
 
     ``kept``: ``"input"`` or ``"residual"`` where the sum has the dtype of that addend, which an addition in place
     changes; None where it has the promoted one.
     """
     if residual is None:
-        return forked_tail(norm, input, forked=forked)
+        return forked_tail(norm, input, activation=activation, forked=forked)
     dtype = _dtype(input, residual, kept)
     if residual.shape != input.shape:
-        y = F.relu(norm(input) + (residual if residual_norm is None else residual_norm(residual))).to(dtype)
+        z = norm(input) + (residual if residual_norm is None else residual_norm(residual))
+        y = activate(z, activation).to(dtype)
         return y, y
-    y, twin = forked_tail(norm, input, residual, residual_norm, forked=forked)
+    y, twin = forked_tail(norm, input, residual, residual_norm, activation, forked)
     return (y, twin) if y.dtype is dtype else (y.to(dtype), twin.to(dtype))
 
 
 def functional_tail(
-    own: tuple[Any, ...], residual: Tensor | None, other: tuple[Any, ...] | None, kept: str | None
+    own: tuple[Any, ...],
+    residual: Tensor | None,
+    other: tuple[Any, ...] | None,
+    activation: Activation,
+    kept: str | None,
 ) -> Tensor:
-    """relu(F.batch_norm(*own) + s), s being nothing, ``residual`` or F.batch_norm(*other); ``kept`` as above."""
+    """activation(F.batch_norm(*own) + s), s being nothing, ``residual`` or F.batch_norm(*other); ``kept`` as above."""
     input, mean, var, weight, bias, training, momentum, eps = own
     if other is not None and (other[0].shape != input.shape or other[5] != training):
         residual, other = F.batch_norm(*other), None
     if other is not None:
         residual, *second, _, residual_momentum, residual_eps = other
         residual_mean, residual_var, residual_weight, residual_bias = second
-        y = functional.batch_norm_add_batch_norm_relu(
+        y = functional.batch_norm_add_batch_norm_act(
             input, residual, mean, var, residual_mean, residual_var, weight, bias, residual_weight, residual_bias,
-            training, momentum, eps, residual_momentum, residual_eps,
+            training, momentum, eps, residual_momentum, residual_eps, activation,
         )  # fmt: skip
-    elif residual is None:
-        return functional.batch_norm_relu(*own)
-    elif residual.shape != input.shape:
-        y = F.relu(F.batch_norm(*own) + residual)
+    elif residual is None or residual.shape == input.shape:
+        y = functional.batch_norm_act(input, mean, var, weight, bias, training, momentum, eps, activation, residual)
     else:
-        y = functional.batch_norm_add_relu(input, residual, *own[1:])
-    return y.to(_dtype(input, residual, kept))
+        y = activate(F.batch_norm(*own) + residual, activation)
+    return y if residual is None else y.to(_dtype(input, residual, kept))
 
 
 def _dtype(input: Tensor, residual: Tensor, kept: str | None) -> torch.dtype:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import functional, norms
+from ..backend import backend_for
+from ..kernels.activation import IDENTITY
 from ..operator import synchronised
 from . import calls
 from .fused_forward import FusedForward, fused_forward
@@ -69,10 +71,11 @@ def check(report: Report, model: nn.Module, inputs: tuple[Any, ...], named: dict
         for place in report.fused:
             if not (place.in_training if training else place.in_evaluation):
                 continue
-            if watch.ran.issuperset(modules[name] for name in place.norms):
+            used = {modules[name] for name in place.norms}
+            if used <= watch.ran:
                 ran[not training] += 1
             else:
-                idle.append(Idle(place, training, watch.reason(modules[place.module])))
+                idle.append(Idle(place, training, watch.reason(modules[place.module], used)))
     names = ([name for name, module in modules.items() if module in watches[mode].ran] for mode in (True, False))
     return Check(*map(tuple, names), (ran[0], ran[1]), tuple(idle))  # type: ignore[call-arg]
 
@@ -82,17 +85,22 @@ class _Watch:
 
     def __init__(self, model: nn.Module):
         self.ran: set[nn.Module] = set()
+        self.plain: set[nn.Module] = set()
+        """Norms alone, of which without the kernels nothing is fused."""
         self.kept: dict[nn.Module, str | None] = {}
         """Of every module with a fused forward that was called: what kept it from running, of its last call."""
         self.norms: list[tuple[nn.Module, nn.Module | None]] = []
         """Those of the calls that are under way."""
         self.owners = {id(t): m for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values())}
 
-    def reason(self, module: nn.Module) -> str:
+    def reason(self, module: nn.Module, used: set[nn.Module]) -> str:
+        """Why the module's place of the norms ``used`` did not run fused."""
         if fused_forward(module) is None:
             return "the module has no fused forward any more"
         if module not in self.kept:
             return "the model does not call the module"
+        if used <= self.plain:
+            return "a norm alone is PyTorch's own operator where the kernels do not run"
         return self.kept[module] or "its shapes, dtypes or modes are not those of a fused operation"
 
     def tail(self, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,12 +116,14 @@ class _Watch:
         return called
 
     def node(self, plain: Callable[..., Any]) -> Callable[..., Any]:
-        """Of an operation on (input, residual, norm, residual_norm, ...)."""
+        """Of an operation on (input, residual, norm, residual_norm, activation, ...)."""
 
         def called(input: Tensor, residual: Any, norm: Any, residual_norm: Any, *rest: Any, **named: Any) -> Any:
+            alone = residual is None and rest[0] == IDENTITY
+            noted = self.plain if alone and backend_for(input) == "torch" else self.ran
             own = self.norms[-1] if self.norms else (self._owner(norm), self._owner(residual_norm))
             used = zip(own, (norm, residual_norm), strict=True)
-            self.ran |= {module for module, tensors in used if module is not None and tensors is not None}
+            noted.update(module for module, tensors in used if module is not None and tensors is not None)
             return plain(input, residual, norm, residual_norm, *rest, **named)
 
         return called

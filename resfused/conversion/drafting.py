@@ -12,7 +12,9 @@ from torch import fx, nn
 from ..norms import is_norm, is_watched
 from ..recomputation import offer
 from .fused_forward import Kind, Plan
-from .matching import Matcher, Site, is_called_once, is_fresh, result_of, uses
+from .matching.effects import is_fresh
+from .matching.nodes import is_called_once, result_of, uses
+from .matching.sites import Matcher, Site
 from .reading.signature import Call, call_of, plain_call
 from .reading.tracing import Container, Read, UntraceableError
 from .traces import Traces
@@ -100,17 +102,17 @@ class Drafter:
         return alone and self.matcher(graph, module, training).is_fresh(result)
 
     def _to_inline(self, matcher: Matcher) -> fx.Node | None:
-        """A call of a module whose code has the norm, the identity or the ReLU of a site."""
+        """A call of a module whose code has the norm, the identity or the activation of a site."""
         for node in matcher.graph.nodes:
-            if self._inner(matcher, node) is None or not node.args:
+            if node.op != "call_module" or not node.args:
                 continue
             source = node.args[0]
-            if self._computes_only(matcher, node, "relu") and self._ends_a_site(matcher, source):
+            if self._computes_only(matcher, node, "an activation") and self._ends_a_site(matcher, source):
                 return node
             wanted = self._ends_in_norm(matcher, node) or (
-                self._computes_only(matcher, node, "identity") and self._ends_a_site(matcher, source)
+                self._computes_only(matcher, node, "nothing") and self._ends_a_site(matcher, source)
             )
-            if wanted and self._reaches_relu(matcher, node):
+            if wanted and self._reaches_a_site(matcher, node):
                 return node
         return None
 
@@ -119,28 +121,25 @@ class Drafter:
         module = matcher.module(node)
         if module is None or is_norm(module) or is_watched(module) or _is_leaf(module):
             return None
-        if not is_called_once(matcher.graph, str(node.target)):  # type: ignore[attr-defined]
-            return None
         graph = self.traces.graph(module, call_of(module, node), matcher.training)  # type: ignore[arg-type]
         return None if graph is None else self.matcher(graph, module, matcher.training)
 
     def _computes_only(self, matcher: Matcher, node: object, what: str) -> bool:
-        """Whether it calls a ReLU, or nothing, written as a module of its own."""
+        """Whether it calls an activation, or nothing, written as a module of its own."""
         inner = self._inner(matcher, node)
         if inner is None or len(inner.graph.find_nodes(op="placeholder")) != 1:
             return False
         body = [n for n in inner.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-        relus = [n for n in body if inner.is_relu(n)]
-        if len(body) != len(relus):
-            return False
-        result = result_of(inner.graph)
-        if what == "identity":
-            return not relus and isinstance(result, fx.Node) and result.op == "placeholder"
-        return len(relus) == 1 and result is relus[0]
+        if what == "nothing":
+            source, parts = inner.peel(result_of(inner.graph))
+        else:
+            applied = inner.applied(result_of(inner.graph))
+            source, parts = (None, ()) if applied is None else (applied.source, applied.nodes)
+        return isinstance(source, fx.Node) and source.op == "placeholder" and {*body} == {*parts}
 
     def _ends_in_norm(self, matcher: Matcher, node: object) -> bool:
         inner = self._inner(matcher, node)
-        if inner is None:
+        if inner is None or not is_called_once(matcher.graph, str(node.target)):  # type: ignore[attr-defined]
             return False
         result, _ = inner.peel(result_of(inner.graph))
         return self._is_norm_or_ends_so(inner, result)
@@ -149,25 +148,23 @@ class Drafter:
         return matcher.is_norm_call(node) or self._ends_in_norm(matcher, node)
 
     def _ends_a_site(self, matcher: Matcher, node: object) -> bool:
-        """Whether a ReLU there would be of a norm, or of a sum with one."""
+        """Whether an activation there would be of a norm, or of a sum with one."""
         node, _ = matcher.peel(node)
         candidates = matcher.addends(node) or (node,)
         return any(self._is_norm_or_ends_so(matcher, matcher.peel(c)[0]) for c in candidates)
 
-    def _reaches_relu(self, matcher: Matcher, node: fx.Node) -> bool:
-        """Whether the only use of the value is a ReLU, after identities and additions at most."""
-        while len(found := uses(node)) == 1:
-            (user,) = found
-            if matcher.is_relu(user) or self._computes_only(matcher, user, "relu"):
-                return True
-            if not (
-                matcher.is_identity(user)
-                or matcher.addends(user) is not None
-                or self._computes_only(matcher, user, "identity")
-            ):
+    def _reaches_a_site(self, matcher: Matcher, node: fx.Node) -> bool:
+        """Whether all that is done with the value, after identities, is an activation or an addition."""
+        while matcher.activation_of(node) is None:
+            found = uses(node)
+            if len(found) != 1:
                 return False
-            node = user
-        return False
+            (node,) = found
+            if matcher.addends(node) is not None or self._computes_only(matcher, node, "an activation"):
+                return True
+            if not (matcher.is_identity(node) or self._computes_only(matcher, node, "nothing")):
+                return False
+        return True
 
     def _inline(self, draft: Draft, matcher: Matcher, node: fx.Node) -> None:
         """The graph of the module that ``node`` calls in its place."""
@@ -205,7 +202,7 @@ def _offer_output(graph: fx.Graph, site: Site) -> None:
     """Lets the output of the place be made again in the backward."""
     call: Any = site.output if site.functional else site.output.args[0]
     if site.functional:
-        own, residual, other, _ = call.args
+        own, residual, other, *_ = call.args
         input, residual = own[0], residual if other is None else other[0]
     else:
         _, input, residual, *_ = call.args

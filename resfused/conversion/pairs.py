@@ -12,7 +12,8 @@ from torch import fx, nn
 from ..norms import is_norm
 from .calls import functional_tail, tail_pair
 from .fused_forward import forked_call
-from .matching import is_fresh, reads_shape
+from .matching.effects import is_fresh
+from .matching.nodes import reads_shape
 
 _READS = (
     tail_pair, functional_tail, getattr, operator.add, torch.add, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, F.linear,

@@ -11,7 +11,8 @@ from ..blocks import ForkedBlock
 from ..norms import FUSED_NORMS, is_norm
 from .drafting import Draft, Drafter, plans
 from .fused_forward import FusedForward, Kind, Plan, forked_call
-from .matching import Matcher, is_plain_call, result_of
+from .matching.nodes import is_plain_call, result_of
+from .matching.sites import Matcher
 from .pairs import call_for_pair, hand_on, open_ends, pair_call, readers
 from .reading.signature import Call, call_of, plain_signature, with_tensors
 from .reading.tracing import traceable

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..norms import is_norm, is_watched
-from .matching import Matcher, calls_of, uses
+from .matching.nodes import calls_of
 from .planning import Planner, has_code
 from .reading.tracing import UntraceableError, a_type
 from .report import Fused, Left
@@ -51,15 +51,13 @@ def _inside(planner: Planner, norm: nn.Module) -> str:
             graph = planner.traces.of(norm, call, True).graph
         except UntraceableError as error:
             return f"the forward of its class {type(norm).__name__} cannot be traced: {error}"
-        calls = graph.find_nodes(op="call_function", target=F.batch_norm)
-        if len(calls) != 1:
-            return f"the forward of its class {type(norm).__name__} calls F.batch_norm {len(calls)} times"
-        return _follow(planner, planner.matcher(graph, norm), calls[0])
+        if not graph.find_nodes(op="call_function", target=F.batch_norm):
+            return f"the forward of its class {type(norm).__name__} does not call F.batch_norm"
     return f"its class {type(norm).__name__} is called with something else than tensors"
 
 
 def _use(planner: Planner, module: nn.Module) -> str:
-    """What becomes of the module's output."""
+    """What keeps the code that calls it from being another."""
     for ancestor in planner.ancestors(module):
         path = planner.names[module].removeprefix(planner.names[ancestor]).lstrip(".")
         if not has_code(ancestor):
@@ -69,41 +67,9 @@ def _use(planner: Planner, module: nn.Module) -> str:
                 graph = planner.traces.of(ancestor, call, True).graph
             except UntraceableError as error:
                 return f"{_named(planner, ancestor)} cannot be traced: {error}"
-            calls = list(calls_of(graph, path))
-            if len(calls) > 1:
-                return f"{_named(planner, ancestor)} calls it {len(calls)} times"
-            if calls:
-                return _follow(planner, planner.matcher(graph, ancestor), calls[0])
-    return "no code that could be traced calls it, or its output is the model's"
-
-
-def _follow(planner: Planner, matcher: Matcher, node: fx.Node) -> str:
-    what = "its output"
-    while True:
-        found = uses(node)
-        if len(found) != 1:
-            return f"{what} is used {len(found)} times"
-        (user,) = found
-        if user.op == "output":
-            return _use(planner, matcher.root)
-        if matcher.addends(user) is not None:
-            what = "its sum with the other addend" if what == "its output" else "its sum with other addends"
-        elif not matcher.is_identity(user):
-            return _followed(planner, matcher, user, what)
-        node = user
-
-
-def _followed(planner: Planner, matcher: Matcher, user: fx.Node, what: str) -> str:
-    module = matcher.module(user)
-    if isinstance(module, nn.ReLU) and is_watched(module):
-        return f"a hook is on the ReLU that follows, {planner.names[module]}"
-    if what == "its sum with other addends" and (isinstance(module, nn.ReLU) or matcher.is_relu(user)):
-        return "it is one of several addends before a ReLU, of which only the last is fused"
-    if isinstance(module, nn.ReLU) or (module is None and matcher.is_relu(user)):
-        return f"{what} may be changed in place before the ReLU, or the addition changes what others hold"
-    if module is None:
-        return f"{what} goes to {getattr(user.target, '__name__', user.target)}, not to a ReLU"
-    return f"{what} goes to {planner.names[module]}, {a_type(module)}, not to a ReLU"
+            if any(calls_of(graph, path)):
+                return f"{_named(planner, ancestor)} calls it with something else than one tensor, given by position"
+    return "no code that could be traced calls it"
 
 
 def _named(planner: Planner, module: nn.Module) -> str:

@@ -12,22 +12,20 @@ from typing import Any
 from torch import nn
 
 from .checking import Check, check
+from .passes import eager, ours
 
-_EAGER = {"norm+relu": 13.0, "norm+add+relu": 16.0, "norm+add(norm)+relu": 24.0}
-_OURS = {"norm+relu": 8.0, "norm+add+relu": 10.125, "norm+add(norm)+relu": 13.0}
-_FORK_EAGER = 3.0
-_FORK_OURS = {"norm+relu": 2.0, "norm+add+relu": 1.0, "norm+add(norm)+relu": 2.0}
-_REASONS, _NAMES = 4, 3
-"""How many reasons ``str`` gives, and how many norms of each it names: 15 lines with all that stands before."""
+_LINES, _FORMS, _NAMES = 15, 6, 3
+"""How many lines ``str`` has at most, for how many forms, and how many norms it names of each reason."""
 
 
 @dataclass(frozen=True)
 class Fused:
     """One fused place.
 
-    ``module``: the qualified name of the module whose forward has it; ``form``: ``"norm+relu"``, ``"norm+add+relu"`` or
-    ``"norm+add(norm)+relu"``; ``norms``: the qualified names of its one or two BatchNorms; ``forked``: whether its
-    output goes to the next block as a pair; ``in_training``, ``in_evaluation``: whether it is fused there.
+    ``module``: the qualified name of the module whose forward has it; ``form``: ``"norm"``, ``"norm+add"`` or
+    ``"norm+add(norm)"``, and where an activation follows its name, ``"norm+add+relu"``; ``norms``: the qualified names
+    of its one or two BatchNorms; ``forked``: whether its output goes to the next block as a pair; ``in_training``,
+    ``in_evaluation``: whether it is fused there.
     """
 
     module: str
@@ -41,13 +39,11 @@ class Fused:
     def passes_saved(self) -> float:
         """Readings and writings of the activation that a training step is spared, in half precision.
 
-        Against eager PyTorch, whose operators read and write it 13, 16 and 24 times in the three forms, and 3 times
-        more to add the two gradients of an output with two uses. Nothing for what is fused in evaluation only.
+        Against eager PyTorch, whose operators read and write it 13, 16 and 24 times in the three forms with an
+        activation, and 3 times more to add the two gradients of an output with two uses. Nothing for a norm alone, nor
+        for what is fused in evaluation only.
         """
-        if not self.in_training:
-            return 0.0
-        saved = _EAGER[self.form] - _OURS[self.form]
-        return saved + (_FORK_EAGER - _FORK_OURS[self.form] if self.forked else 0.0)
+        return eager(self.form, self.forked) - ours(self.form, self.forked) if self.in_training else 0.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,8 @@ class Report:
 
     def __str__(self) -> str:
         """At most 15 lines: how much was fused, in which forms, and why the rest was left."""
-        return "\n".join([*self._summary(), *self._forms(), *self._reasons()])
+        lines = [*self._summary(), *self._forms()]
+        return "\n".join([*lines, *self._reasons(_LINES - len(lines))])
 
     def table(self) -> str:
         """Every place and every norm that was left, a line each."""
@@ -124,19 +121,26 @@ class Report:
         return [first, "where the model is now, PyTorch's own operators run: on a GPU the kernels will"]
 
     def _forms(self) -> list[str]:
-        lines = []
-        for form, count in Counter(entry.form for entry in self.fused).items():
-            places = [entry for entry in self.fused if entry.form == form]
-            pairs = sum(entry.forked for entry in places)
-            untrained = sum(not entry.in_training for entry in places)
-            passes = f": {_OURS[form]:.3g} passes over memory a training step, not {_EAGER[form]:g}"
-            lines.append(
-                f"{count:6} {form}"
-                + (passes if self.on_kernels and untrained < count else "")
-                + (f", {_counted(pairs, 'pair')} handed on" if pairs else "")
-                + (f", {untrained} in evaluation only" if untrained else "")
-            )
+        counted = Counter(entry.form for entry in self.fused)
+        shown = counted if len(counted) <= _FORMS else dict(counted.most_common(_FORMS - 1))
+        lines = [self._form(form, count) for form, count in shown.items()]
+        if len(shown) < len(counted):
+            rest = counted.total() - sum(shown.values())
+            lines.append(f"{rest:6} of {_counted(len(counted) - len(shown), 'other form')}: see table()")
         return lines
+
+    def _form(self, form: str, count: int) -> str:
+        places = [entry for entry in self.fused if entry.form == form]
+        pairs = sum(entry.forked for entry in places)
+        untrained = sum(not entry.in_training for entry in places)
+        saves = self.on_kernels and untrained < count and ours(form) < eager(form)
+        passes = f": {ours(form):.3g} passes over memory a training step, not {eager(form):g}"
+        return (
+            f"{count:6} {form}"
+            + (passes if saves else "")
+            + (f", {_counted(pairs, 'pair')} handed on" if pairs else "")
+            + (f", {untrained} in evaluation only" if untrained else "")
+        )
 
     def reasons(self) -> dict[str, tuple[str, ...]]:
         """The norms that were left by reason, those that most have first; in full where all have the same words."""
@@ -149,21 +153,23 @@ class Report:
             found[words.pop() if len(words) == 1 else reason] = tuple(each.norm for each in lefts)
         return found
 
-    def _reasons(self) -> list[str]:
+    def _reasons(self, room: int) -> list[str]:
+        """In as many lines at most."""
         largest = list(self.reasons().items())
         lines = ["left as they are:"] if largest else []
-        for reason, names in largest[:_REASONS]:
+        shown = (room - 1) // 2 if 1 + 2 * len(largest) <= room else (room - 2) // 2
+        for reason, names in largest[:shown]:
             more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
             lines += [f"{len(names):6} {reason}", f"{'':6} {', '.join(names[:_NAMES])}{more}"]
-        if len(largest) > _REASONS:
-            rest = sum(len(names) for _, names in largest[_REASONS:])
-            lines.append(f"{rest:6} for {_counted(len(largest) - _REASONS, 'other reason')}: see table()")
+        if len(largest) > shown:
+            rest = sum(len(names) for _, names in largest[shown:])
+            lines.append(f"{rest:6} for {_counted(len(largest) - shown, 'other reason')}: see table()")
         return lines
 
 
 def _without_names(reason: str) -> str:
     """ "layer1.0.se, an SE, ..." of every block as one reason."""
-    return re.sub(r"\b(?!model, )\S+, (?=an? \w+,)|(?<=that follows), \S+$", "", reason)
+    return re.sub(r"\b(?!model, )\S+, (?=an? \w+,)", "", reason)
 
 
 def _form(entry: Fused) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 import resfused
 
 CHANNELS = 4
+ALONE, SUM, SUM_NORM = "norm", "norm+add", "norm+add(norm)"
 RELU, ADD, ADD_NORM = "norm+relu", "norm+add+relu", "norm+add(norm)+relu"
 
 

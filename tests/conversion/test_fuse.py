@@ -12,6 +12,7 @@ from parts import (
     ADD,
     ADD_NORM,
     ADDITIONS,
+    ALONE,
     CHANNELS,
     RELU,
     Parts,
@@ -21,10 +22,12 @@ from parts import (
     norm,
     step,
 )
-from small_networks import kernels
+from resfused.kernels.activation import IDENTITY
+from resfused.kernels.activation import RELU as RELU_ITSELF
 from torch import nn
 
 import resfused
+from resfused import norms
 from resfused.conversion.fused_forward import FusedForward
 
 
@@ -104,13 +107,17 @@ def test_norms_in_a_list(device):
 def test_code_that_differs_in_training(device):
     model = nn.Sequential(conv(), norm(), OnlyInTraining(), nn.ReLU())
     report = fused_like_plain(model, device)
-    assert [(e.form, e.in_training) for e in report.fused] == [(RELU, False)]
+    assert [(e.form, e.in_training, e.in_evaluation) for e in report.fused] == [
+        (ALONE, True, False),
+        (RELU, False, True),
+    ]
     assert report.passes_saved == 0
     x = torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64, device=device)
     for training in (True, False):
-        with mock.patch.object(kernels, "forward", wraps=kernels.forward) as counted:
+        with mock.patch.object(norms, "normalise_add_activate", wraps=norms.normalise_add_activate) as counted:
             model.train(training)(x)
-        assert counted.call_count == (0 if training else 1)
+        (call,) = counted.call_args_list
+        assert call.args[4] == (IDENTITY if training else RELU_ITSELF)
 
 
 class FunctionalNorm(nn.BatchNorm2d):
@@ -163,8 +170,8 @@ def test_hooks_present_before(kind, device):
     calls = []
     getattr(model, kind).register_forward_hook(lambda *arguments: calls.append(arguments))
     report = fused_like_plain(model, device)
-    assert not report.fused
-    assert "hook" in report.left[0].reason
+    assert forms(report) == ([] if kind == "bn1" else [ALONE])
+    assert kind == "relu" or report.left[0].reason == "a hook is on it"
     assert calls
 
 

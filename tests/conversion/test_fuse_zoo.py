@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from parts import ADD, ADD_NORM, CHANNELS, RELU, Parts, conv, forms, fused_like_plain, norm
+from parts import ADD, ADD_NORM, ALONE, CHANNELS, RELU, SUM_NORM, Parts, conv, forms, fused_like_plain, norm
 from torch import nn
 
 import resfused
@@ -82,29 +82,29 @@ def asserting(self, x):
 
 
 FUSED = {
-    "+= onto a fresh sum": (onto_a_fresh_sum, ADD),
-    "+= onto sums in place": (onto_sums_in_place, ADD),
-    "+ onto a fresh sum": (not_in_place, ADD),
-    "a norm before other addends": (norm_first, ADD),
-    "three norms": (three_norms, ADD),
-    "0 + norm": (from_zero, RELU),
-    "0 + norm + norm": (two_from_zero, ADD_NORM),
-    "dropout of nothing": (dropped_out, ADD),
-    "F.dropout of nothing": (functionally_dropped_out, ADD),
-    "others changed in place": (others_in_place, RELU),
-    "its shape asked for": (asserting, RELU),
+    "+= onto a fresh sum": (onto_a_fresh_sum, [ADD]),
+    "+= onto sums in place": (onto_sums_in_place, [ADD]),
+    "+ onto a fresh sum": (not_in_place, [ADD]),
+    "a norm before other addends": (norm_first, [ADD]),
+    "three norms": (three_norms, [ADD, SUM_NORM]),
+    "0 + norm": (from_zero, [RELU]),
+    "0 + norm + norm": (two_from_zero, [ADD_NORM]),
+    "dropout of nothing": (dropped_out, [ADD]),
+    "F.dropout of nothing": (functionally_dropped_out, [ADD]),
+    "others changed in place": (others_in_place, [RELU]),
+    "its shape asked for": (asserting, [RELU]),
 }
 
 
 @pytest.mark.parametrize("name", FUSED)
 def test_is_fused(name, device):
-    code, form = FUSED[name]
+    code, expected = FUSED[name]
     model = Parts(code)
     model.bn3, model.dropout = norm(), nn.Dropout(0.0)
     report = fused_like_plain(model, device)
-    assert forms(report) == [form]
+    assert forms(report) == expected
     check = report.check(model, torch.randn(INPUT, dtype=torch.float64, device=device))
-    assert check.places == (1, 1)
+    assert check.places == (len(expected), len(expected))
     assert not check.idle
 
 
@@ -140,11 +140,12 @@ LEFT = [onto_the_input, onto_a_view, what_it_reads_changed, what_was_made_for_it
 
 @pytest.mark.parametrize("code", LEFT)
 def test_what_others_hold_is_left(code, device):
+    """The norm alone is fused, where it is."""
     x = torch.randn(INPUT, dtype=torch.float64, device=device)
     model = Parts(code, nn.ReLU()).to(device, torch.float64)
     plain = Parts(code, nn.ReLU()).to(device, torch.float64)
     plain.load_state_dict(model.state_dict())
-    assert not resfused.fuse_(model).fused
+    assert forms(resfused.fuse_(model)) == [ALONE]
     with torch.no_grad():
         for actual, expected in zip(model(x.clone()), plain(x.clone()), strict=True):
             assert torch.equal(actual, expected)
@@ -155,13 +156,16 @@ def test_a_dropout_that_drops_is_left_in_training(device):
     model = Parts(dropped_out)
     model.dropout = nn.Dropout(0.5)
     report = resfused.fuse_(model.to(device, torch.float64))
-    assert [(e.form, e.in_training, e.in_evaluation) for e in report.fused] == [(ADD, False, True)]
-    assert "fused in evaluation only: its output goes to dropout, a Dropout, not" in report.left[0].reason
-    assert str(report).splitlines()[0] == "0 of 2 norms fused in 0 places in training, 1 in 1 place in evaluation"
+    assert [(e.form, e.in_training, e.in_evaluation) for e in report.fused] == [
+        (ALONE, True, False),
+        (ADD, False, True),
+    ]
+    assert str(report).splitlines()[0] == "1 of 2 norms fused in 1 place"
     x = torch.randn(INPUT, dtype=torch.float64, device=device)
-    assert report.check(model, x).places == (0, 1)
+    assert report.check(model, x).places == (1, 1)
     model.dropout.p = 0.0
     report = resfused.fuse_(model)
+    assert forms(report) == [ADD]
     assert report.check(model, x).places == (1, 1)
     model.dropout.p = 0.5
     check = report.check(model, x)
@@ -228,7 +232,7 @@ def test_containers_with_a_forward(device):
 
 
 class Mixer(nn.Module):
-    """A shortcut without a ReLU: a pair may come, and none does."""
+    """A shortcut that nothing follows."""
 
     def __init__(self):
         super().__init__()
@@ -239,16 +243,17 @@ class Mixer(nn.Module):
 
 
 def test_no_forward_is_replaced_where_nothing_is_fused(device):
+    def replaced(model):
+        return {name for name, each in model.named_modules() if isinstance(vars(each).get("forward"), FusedForward)}
+
     model = nn.Sequential(nn.Sequential(Mixer(), conv(), nn.GELU(), norm()), nn.Sequential(Mixer(), conv()))
-    report = fused_like_plain(model, device)
-    assert not report.fused
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not resfused.fuse_(model, lambda norm, name: False).fused
+    assert not replaced(model)
     # Where something is, those that have no part in it are left alone.
     model = nn.Sequential(nn.Sequential(residual(), residual()), nn.Sequential(Mixer(), Mixer()))
-    report = fused_like_plain(model, device)
+    report = resfused.fuse_(model, lambda norm, name: name.startswith("0"))
     assert sum(entry.forked for entry in report.fused) == 2
-    replaced = {name for name, module in model.named_modules() if isinstance(vars(module).get("forward"), FusedForward)}
-    assert replaced == {"", "0", "0.0", "0.1", "1", "1.0"}
+    assert replaced(model) == {"", "0", "0.0", "0.1", "1", "1.0"}
 
 
 class OnlyInTraining(nn.Module):
@@ -267,10 +272,13 @@ def test_a_norm_in_two_forms_is_one_norm(device):
     model = Parts(code)
     model.drop = OnlyInTraining()
     report = fused_like_plain(model, device)
-    assert report.norms == ("bn2",)
-    assert sorted(report.norms_in_evaluation) == ["bn1", "bn2"]
-    assert [entry.norm for entry in report.left] == ["bn1"]
-    assert str(report).startswith("1 of 2 norms fused in 1 place in training, 2 in 1 place in evaluation")
+    assert [(e.form, e.norms, e.in_training, e.in_evaluation) for e in report.fused] == [
+        (ADD, ("bn2",), True, False),
+        (ALONE, ("bn1",), True, False),
+        (ADD_NORM, ("bn1", "bn2"), False, True),
+    ]
+    assert str(report).splitlines()[0] == "2 of 2 norms fused in 2 places"
+    assert report.check(model, torch.randn(INPUT, dtype=torch.float64, device=device)).places == (2, 1)
 
 
 def test_lazy_norms():
@@ -325,9 +333,10 @@ def test_reports_are_printed_without_rich(monkeypatch, capsys):
 
 
 def test_long_lists_are_grouped_by_reason():
-    report = resfused.fuse_(nn.Sequential(*(m for _ in range(40) for m in (conv(), norm(), nn.GELU()))))
+    model = nn.Sequential(*(m for _ in range(40) for m in (conv(), norm(), nn.GELU())))
+    report = resfused.fuse_(model, lambda norm, name: False)
     lines = report.table().splitlines()
-    assert any("40 its output goes to a GELU, not to a ReLU" in " ".join(line.split()) for line in lines)
+    assert any("40 filter_fn refuses it" in " ".join(line.split()) for line in lines)
     assert len(lines) < 12
     assert all(f" {name}" in report.table() for name in (entry.norm for entry in report.left))
 

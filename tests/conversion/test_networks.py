@@ -11,6 +11,7 @@ import pytest
 import torch
 from count import coverage
 from oracle import assert_close
+from resfused.kernels.activation import IDENTITY, Activation
 from workloads import zoo
 
 import resfused
@@ -18,10 +19,11 @@ from resfused.operator import dispatch
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-7
+ALONE = "norm"
 RELU, ADD, ADD_NORM = "norm+relu", "norm+add+relu", "norm+add(norm)+relu"
 
-# Norms; places of each form; pairs handed on; norms left. Of B blocks the last one's output goes to the pooling, the
-# other B - 1 hand theirs on; where no pooling lies between, the stem does too.
+# Norms; places of each form with a ReLU; pairs handed on; norms alone. Of B blocks the last one's output goes to the
+# pooling, the other B - 1 hand theirs on; where no pooling lies between, the stem does too.
 STRUCTURE = {
     # Stem and first norm of 8 blocks; three stages begin with a projection.
     "torchvision/resnet18": (20, 9, 5, 3, 7, 0),
@@ -41,7 +43,7 @@ STRUCTURE = {
     "timm/resnet50d": (55, 35, 12, 4, 15, 0),
     "timm/resnet101": (104, 67, 29, 4, 32, 0),
     "timm/resnext50_32x4d": (53, 33, 12, 4, 15, 0),
-    # Attention between the last norm and the addition leaves 16; the projection's norm is added to what it gives.
+    # Attention between the last norm and the addition leaves 16 alone; the projection's norm is added to what it gives.
     "timm/seresnet50": (53, 33, 4, 0, 4, 16),
     "timm/ecaresnet50d": (55, 35, 4, 0, 4, 16),
     # Pre-activation: three norms in each of 16 blocks and one behind them, none before an addition.
@@ -57,7 +59,6 @@ STRUCTURE = {
     "small/transformers_basic": (10, 5, 3, 1, 3, 0),
     "small/cifar_resnet8": (9, 4, 1, 2, 3, 0),
 }
-ATTENTION = {"timm/seresnet50": "SEModule", "timm/ecaresnet50d": "EcaModule", "small/timm_attention": "SEModule"}
 DEEP = ("torchvision/resnet101", "torchvision/resnet152", "timm/resnet101", "torchvision/wide_resnet50_2")
 
 
@@ -70,7 +71,13 @@ def build(name):
 
 def counts(name):
     """The places of each form."""
-    return +Counter(dict(zip((RELU, ADD, ADD_NORM), STRUCTURE[name][1:4], strict=True)))
+    _, *with_relu, _, alone = STRUCTURE[name]
+    return +Counter(dict(zip((RELU, ADD, ADD_NORM, ALONE), (*with_relu, alone), strict=True)))
+
+
+def form_of(residual, residual_norm, activation):
+    form = ALONE if residual is None else "norm+add(norm)" if residual_norm else "norm+add"
+    return form if activation == IDENTITY else f"{form}+{activation.name}"
 
 
 @pytest.fixture
@@ -79,9 +86,9 @@ def plain_calls(monkeypatch):
     made = []
     plain = dispatch._plain
 
-    def recorded(input, residual, norm, residual_norm, training):
-        made.append((RELU if residual is None else ADD_NORM if residual_norm else ADD, training))
-        return plain(input, residual, norm, residual_norm, training)
+    def recorded(input, residual, norm, residual_norm, activation, training):
+        made.append((form_of(residual, residual_norm, activation), training))
+        return plain(input, residual, norm, residual_norm, activation, training)
 
     monkeypatch.setattr(dispatch, "_plain", recorded)
     return made
@@ -96,7 +103,7 @@ def nodes(monkeypatch):
     class Recorded(kernels):
         @staticmethod
         def forward(ctx, input, residual, *rest):
-            ctx.form = RELU if residual is None else ADD_NORM if rest[5].norm_residual else ADD
+            ctx.form = form_of(residual, rest[5].norm_residual, Activation(*rest[7]))
             made.append(ctx.form)
             return kernels.forward(ctx, input, residual, *rest)
 
@@ -117,14 +124,13 @@ def test_every_network_has_its_numbers():
 @pytest.mark.parametrize("name", STRUCTURE)
 def test_what_is_found(name):
     network = build(name)
-    norms, *_, pairs, left = STRUCTURE[name]
+    norms, *_, pairs, _ = STRUCTURE[name]
     keys = list(network.state_dict())
     report = resfused.fuse_(network)
-    assert len(report.norms) + len(report.left) == norms
+    assert len(report.norms) == norms
+    assert not report.left
     assert Counter(entry.form for entry in report.fused) == counts(name)
     assert sum(entry.forked for entry in report.fused) == pairs
-    assert len(report.left) == left
-    assert all(ATTENTION[name] in entry.reason for entry in report.left)
     assert list(network.state_dict()) == keys
 
 
@@ -232,7 +238,9 @@ def test_the_command_without_a_library(capsys, monkeypatch):
     assert coverage_command("--network", "timm/resnet18") == 1
 
 
-def test_reasons_are_counted_without_names():
+def test_norms_alone_are_not_counted_on_plain_operators():
     found = coverage.cover("small/timm_attention", torch.device("cpu"), "torch")
-    assert found.left == {"its output goes to a SEModule, not to a ReLU": 5}
+    assert found.left == {}
+    # Of 15, the five before attention are nothing but PyTorch's own operator here.
     assert found.ran == (10, 10)
+    assert found.idle == (0, 0)

@@ -1,0 +1,1 @@
+"""Where a torch.fx graph computes what is fused."""
