@@ -25,9 +25,6 @@ TWO_FROZEN = "-k 'frozen and not norm+relu and not add+relu'"
 MIDDLE = "-k add+relu"
 FROZEN = "-k frozen"
 FUSE = "test_fuse.py"
-NATIVE = "test_native.py::test_values_of_many_elements"
-NATIVE_PAST = "test_native.py::test_stores_past_the_caches"
-NATIVE_THREADS = "test_native.py::test_same_bits_whatever_the_threads"
 HOOKS = "test_fuse_hooks.py"
 RECOMPUTATION = "test_recomputation.py"
 
@@ -248,26 +245,6 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "backend kept after the with block": "        «set_backend(before)→pass»"},
     ("backend.py", "test_backend.py::test_plain_cpu_takes_the_native_kernels"): {
         "no kernels on a plain CPU": 'x.is_cpu and «not →»_interpreted()'},
-    ("backward.cpp", NATIVE): {
-        "C++: the sign of a slope": "static_cast<A>(«-→»scale * rstd(i, c) * mean_dz_x)"},
-    ("columns.h", NATIVE): {
-        "C++: bits of a plane not moved to its first": "word = word «>> at % 8 →»& ("},
-    ("forward.cpp", NATIVE): {
-        "C++: biased running variance": "m2 / «(values - 1)→values», n.momentum",
-        "C++: second norm's statistics from the input": "block, Elements(i == 0 ? call_.x : «call_.residual→call_.x»)"},
-    ("forward.cpp", NATIVE_PAST): {
-        "C++: stores past the caches off a line": "past = past_« && y.aligned()→»;"},
-    ("partition.h", NATIVE_THREADS): {
-        "C++: parts by the threads":
-            "const Machine&«→ machine», int64_t element_bytes)\n      : channels_(a.channels), rows_(a.values()), "
-            "mask_row_(divide_up(a.channels, 8)) {\n    // Enough parts for many threads, of enough rows to be worth a "
-            "merge, short enough for the sums' precision.\n    int64_t parts = «1→machine.threads»;"},
-    ("statistics.h", NATIVE): {
-        "C++: columns beyond a short row": "«Typed<A>(sums).store(i, n, load(sums + i) + found.sum, false)→"
-            "store(sums + i, load(sums + i) + found.sum)»;",
-        "C++: squares between parts": "m2s[c]) + values * deviation * «deviation→0»;"},
-    ("vectors.h", NATIVE): {
-        "C++: half of a mask's bytes": "std::memcpy(mask + i / 8, &bits, Pack<A>::lanes / «8→16»);"},
     ("blocks.py", "test_sequential.py::test_a_hook_inside_a_block_sees_the_whole_gradient"): {
         "hook inside a block sees half a gradient": "«any(map(is_watched, module.modules())→is_watched(module»)"},
     ("blocks.py", "test_sequential.py::test_other_modules_and_copies"): {

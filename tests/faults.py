@@ -1,6 +1,6 @@
 """Breaks the library, a fault at a time, and runs the tests that should see it: a survivor is a missing test.
 
-``python tests/faults.py [NAME ...] [--jobs N] [--check] [--list]``: NAME is a fault of fault_list.py, or a part of its
+``python tests/faults.py [NAME ...] [--jobs N] [--check] [--list]``: NAME is a fault of the three lists, or a part of its
 name or file. Each fault is put into a copy of the tree. ``--check`` first runs the same tests on a copy without faults.
 Exit status: 0 where every fault was killed, else 1.
 """
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 from activation_faults import ACTIVATION_FAULTS
 from fault_list import BY_FILE_AND_TESTS
+from native_fault_list import IN_CPP
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("kernels", "resfused")
@@ -55,7 +56,7 @@ class Fault(NamedTuple):
 
 FAULTS = tuple(
     Fault(name, file, CHANGE.sub(r"\1", code), CHANGE.sub(r"\2", code), tests)
-    for (file, tests), faults in (*BY_FILE_AND_TESTS.items(), *ACTIVATION_FAULTS.items())
+    for (file, tests), faults in (BY_FILE_AND_TESTS | ACTIVATION_FAULTS | IN_CPP).items()
     for name, code in faults.items()
 )
 

@@ -33,8 +33,8 @@ def _units(flags: str) -> dict[str, tuple[str, str]]:
     } | {"entry": ("entry.cpp", "")}
 
 
-# The ReLU is compiled alone, in seconds; all other activations together, at the first use of one, and in as many seconds
-# with -O1. Their loops have branches that always go the same way, and wait for memory.
+# The ReLU is compiled alone, in seconds; all others together, at the first use of one, and with -O1 in as many seconds:
+# their loops have branches that always go the same way, and wait for memory.
 LIBRARIES = {
     "relu": _units("-DACTIVATION=Relu"),
     "any": _units("-DACTIVATION=Any -O1") | {"smooth": ("activations/smooth.cpp", "")},
@@ -164,14 +164,8 @@ def _ninja() -> str:
 
 def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
     """A hash of all that the libraries depend on."""
-    parts = [
-        platform.machine(),
-        instruction_set(),
-        *compiler,
-        _output([*compiler, "--version"]),
-        *flags,
-        str(LIBRARIES),
-    ]
+    version = _output([*compiler, "--version"])
+    parts = [platform.machine(), instruction_set(), *compiler, version, *flags, str(LIBRARIES)]
     for source in sorted(SOURCES.rglob("*.*")):
         parts += [source.name, source.read_text()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]

@@ -4,10 +4,12 @@
 """
 
 import sys
+from itertools import product
 
 import torch
+from activation_cases import EAGER, INFINITE, WANTED, assert_accurate, check, check_points, spread
 from oracle import FORMS, LAYOUTS, assert_close, problem, run
-from resfused.kernels.cpu import build
+from resfused.kernels.cpu import build, functions
 from test_native import forked_gradients, with_clear_signs
 
 import resfused
@@ -17,6 +19,9 @@ SHAPES = [(2, 1), (33, 3), (5, 130), (3, 37, 5, 5), (2, 16, 3, 8), (5, 3, 7, 7),
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 build.FLAGS = (*build.FLAGS, *sys.argv[1:])
+# One library has every access. It has no ReLU: a leaky one of no slope is the same where all is finite.
+build.library_of = lambda activation: "any"
+functions._FUNCTIONS["relu"] = functions._FUNCTIONS["leaky_relu"]
 torch.manual_seed(0)
 torch.set_num_threads(2)
 resfused.set_backend("native")
@@ -40,4 +45,13 @@ for shape in SHAPES:
                 p.__dict__["dy"] = p.dy.to(y)
                 assert_close(run(functional, p), run(reference, p, torch.float64), tolerance)
                 forked_gradients(p)
+for number, (name, form) in enumerate(product(EAGER, FORMS)):
+    dtype = list(TOLERANCE)[number % 4]
+    p = problem(
+        form, SHAPES[number % 7], dtype, torch.device("cpu"), training=number % 5 < 3, layout=LAYOUTS[number // 3 % 2]
+    )
+    check(spread(p, name, 1e-4), name, list(WANTED.values())[number % 6], number % 5 == 0, TOLERANCE[dtype])
+    if name != "relu":
+        check_points(name, dtype, (1.0, -2.0, INFINITE)[number % 3], False, number % 2 == 0)
+assert_accurate()
 print("whole")

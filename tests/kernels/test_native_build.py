@@ -73,10 +73,41 @@ def test_only_the_first_call_builds(tmp_path, compiler):
     first = python("-c", BACKEND, **settings)
     assert (first.stdout.strip(), first.stderr.count("\n")) == ("native", 1)
     assert f"compiling the kernels for this CPU into {tmp_path / 'cache'}, once" in first.stderr
-    assert len(compiled(tmp_path)) == len(build.UNITS) + 1
+    assert len(compiled(tmp_path)) == len(build.LIBRARIES["relu"]) + 1
     second = python("-c", BACKEND, **settings)
     assert (second.stdout.strip(), second.stderr) == ("native", "")
-    assert len(compiled(tmp_path)) == len(build.UNITS) + 1
+    assert len(compiled(tmp_path)) == len(build.LIBRARIES["relu"]) + 1
+
+
+CALLS = """
+import torch
+from resfused.kernels import cpu
+from resfused.kernels.activation import RELU, Activation
+one = torch.ones(2)
+for activation in (RELU, Activation("relu6"), Activation("silu"), RELU):
+    try:
+        cpu.forward(torch.ones(4, 2), None, cpu.Norm(one, one, one, one, 0.1, 0.1), None, False, False, activation)
+    except cpu.UnavailableError as error:
+        print(activation.name, "no such luck" in str(error))
+"""
+
+
+def test_other_activations_are_built_at_the_first_of_them(tmp_path, compiler):
+    settings = {"CXX": compiler(), "RESFUSED_CACHE": tmp_path / "cache"}
+    python("-c", BACKEND, **settings)
+    alone = len(compiled(tmp_path))
+    assert not any("-DACTIVATION=Any" in line for line in compiled(tmp_path))
+    called = python("-c", CALLS, **settings)
+    assert (called.stdout, called.stderr.count("\n")) == ("", 1)
+    assert len(compiled(tmp_path)) == alone + len(build.LIBRARIES["any"]) + 1
+    assert sum("-DACTIVATION=Any" in line for line in compiled(tmp_path)) == len(build.LIBRARIES["any"]) - 2
+
+
+def test_other_activations_fail_alone(tmp_path, compiler):
+    """With the same reason at every call; the ReLU goes on."""
+    broken = compiler('case "$*" in *smooth.cpp*) echo "no such luck"; exit 3;; esac')
+    called = python("-c", CALLS, CXX=broken, RESFUSED_CACHE=tmp_path / "cache")
+    assert called.stdout.splitlines() == ["relu6 True", "silu True"]
 
 
 def test_four_processes_build_once(tmp_path, compiler):
@@ -86,7 +117,7 @@ def test_four_processes_build_once(tmp_path, compiler):
         for _ in range(4)
     ]
     assert [p.communicate(timeout=120)[0].strip() for p in work] == ["native"] * 4
-    assert len(compiled(tmp_path)) == len(build.UNITS) + 1
+    assert len(compiled(tmp_path)) == len(build.LIBRARIES["relu"]) + 1
     assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".lock", ".so"]
 
 
@@ -165,8 +196,9 @@ def test_the_library_depends_on_what_it_was_made_of(tmp_path, compiler, monkeypa
 def test_building_ahead(tmp_path, compiler):
     ahead = python("-m", "resfused.build", CXX=compiler(), RESFUSED_CACHE=tmp_path / "cache")
     assert ahead.returncode == 0
-    assert Path(ahead.stdout.strip()).parent == tmp_path / "cache"
-    assert Path(ahead.stdout.strip()).exists()
+    libraries = [Path(line) for line in ahead.stdout.split()]
+    assert len(libraries) == len(build.LIBRARIES)
+    assert all(path.parent == tmp_path / "cache" and path.exists() for path in libraries)
     failed = python("-m", "resfused.build", CXX="lost-compiler")
     assert failed.returncode == 1
     assert "no C++ compiler was found: lost-compiler" in failed.stderr
@@ -195,4 +227,5 @@ def test_every_access_is_inside():
 
 
 def test_every_unit_is_in_the_package():
-    assert {source for source, _ in build.UNITS.values()} == {p.name for p in build.SOURCES.glob("*.cpp")}
+    used = {source for units in build.LIBRARIES.values() for source, _ in units.values()}
+    assert used == {str(p.relative_to(build.SOURCES)) for p in build.SOURCES.rglob("*.cpp")}

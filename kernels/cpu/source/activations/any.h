@@ -1,7 +1,7 @@
 // All activations but the ReLU, chosen at run time: a few operations here, or for the smooth ones a call for every pack.
 //
 // Values and gradients are PyTorch's; where its loops over packs and over single elements differ, which is at NaN, those
-// of single elements, which are also its GPU's.
+// of single elements.
 #pragma once
 
 #include "../call.h"

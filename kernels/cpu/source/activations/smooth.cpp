@@ -64,8 +64,8 @@ constexpr double kDensity = 0.3989422804014327;  // 1 / √(2π)
 // minimax fit over 0 <= a <= 15 of our own, to 2.1e-8 of the value.
 INLINE Normal<float> normal(Pack<float> z) {
   constexpr float kPolynomial[] = {0.729083717f, -0.50933218f, 0.230017632f, -0.0472580194f,
-                                    -0.0104615185f, 0.00693685515f, 0.00101351016f, -0.000947222114f,
-                                    -0.000199391259f, 5.45127514e-05f};
+                                   -0.0104615185f, 0.00693685515f, 0.00101351016f, -0.000947222114f,
+                                   -0.000199391259f, 5.45127514e-05f};
   const Pack<float> a = lesser(all(15.f), magnitude(z)), power = decay(a * all(0.5f) * a);
   const Pack<float> r = reciprocal(a + all(3.f));
   const Pack<float> tail = power * r * polynomial(kPolynomial, (a - all(3.f)) * r);

@@ -53,7 +53,7 @@ INLINE Pack<float> greater(Pack<float> bound, Pack<float> a) {
 INLINE Pack<double> greater(Pack<double> bound, Pack<double> a) { return {_mm512_max_pd(bound.v, a.v)}; }
 INLINE Pack<float> magnitude(Pack<float> a) { return {_mm512_abs_ps(a.lo), _mm512_abs_ps(a.hi)}; }
 INLINE Pack<double> magnitude(Pack<double> a) { return {_mm512_abs_pd(a.v)}; }
-// By one step of Newton's from 14 bits: a division of sixteen takes 16 cycles.
+// By one step of Newton's from 14 bits, as a division of sixteen is slow.
 INLINE __m512 reciprocal(__m512 a) {
   const __m512 near = _mm512_rcp14_ps(a);
   return _mm512_fmadd_ps(_mm512_fnmadd_ps(a, near, _mm512_set1_ps(1)), near, near);
