@@ -222,14 +222,16 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("function.py", "test_sequential.py::test_second_derivative"): {
         "fork's gradient lost in second derivatives": "dy« if dy_fork is None else dy + dy_fork→», kept"},
     ("function.py", SECOND): {
-        "second derivatives pass a closed ReLU": "«~(z.detach() <= 0)→z.detach() <= 0»",
         "no second derivatives": "«torch.is_grad_enabled() and not torch.compiler.is_compiling()→False»"},
     ("function.py", CREATE_GRAPH): {
         "first eps for the second norm's second derivatives":
-            "outputs.append(batch_norm(residual, second«→._replace(eps=own_norm(norms).eps)»))",
-        "infinite gradient times zero in second derivatives": "«torch.where(on, dy, 0)→dy * on»",
-        "NaN closed in second derivatives": "«~(z.detach() <= 0)→z.detach() > 0»",
-        "gradient at zero in second derivatives": "«~(z.detach() <= 0)→z.detach() >= 0»"},
+            "batch_norm(cast(Tensor, second_x), second«→._replace(eps=norm.eps)»))",
+        "infinite gradient times zero in second derivatives":
+            "«torch.where(first, dy * slope, dy * other_slope if other_slope else 0)→dy * slope * first»"},
+    ("reference.py", SECOND): {"second derivatives pass a closed ReLU": "«~(z <= 0)→z <= 0»"},
+    ("reference.py", CREATE_GRAPH): {
+        "NaN closed in second derivatives": "«~(z <= 0)→z > 0»",
+        "gradient at zero in second derivatives": "«~(z <= 0)→z >= 0»"},
     ("arguments.py", "test_errors.py"): {
         "residual of another shape": "if residual.«shape != input.shape→numel() != input.numel()»",
         "second norm's vectors judged by the input": "_check_norm(«residual→input», residual_norm,",
@@ -352,7 +354,8 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("drafting.py", f"{FUSE}::test_flat_sequential"): {
         "identity of one's own left": 'self._computes_only(matcher, node, «"nothing"→"an activation"») and self'},
     ("checking.py", f"{ACTS}::test_on_plain_operators_a_norm_alone_is_not_fused"): {
-        "a norm alone told to be fused": 'noted = «self.plain if alone and backend_for(input) == "torch" else →»self.ran'},
+        "a norm alone told to be fused":
+            'noted = «self.plain if alone and backend_for(input) == "torch" else →»self.ran'},
     ("passes.py", "test_report.py::test_passes_of_every_form"): {
         "shortcut of a smooth one read once": "«1.0 if activation.slopes is None else →»2 * _MASK"},
     ("drafting.py", f"{FUSE}::test_code_that_differs_in_training"): {

@@ -1,8 +1,8 @@
 """Breaks the library, a fault at a time, and runs the tests that should see it: a survivor is a missing test.
 
-``python tests/faults.py [NAME ...] [--jobs N] [--check] [--list]``: NAME is a fault of the three lists, or a part of its
-name or file. Each fault is put into a copy of the tree. ``--check`` first runs the same tests on a copy without faults.
-Exit status: 0 where every fault was killed, else 1.
+``python tests/faults.py [NAME ...] [--jobs N] [--check] [--list]``: NAME is a fault of the three lists, or a part of
+its name or file. Each fault is put into a copy of the tree. ``--check`` first runs the same tests on a copy without
+faults. Exit status: 0 where every fault was killed, else 1.
 """
 
 from __future__ import annotations
