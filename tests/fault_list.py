@@ -354,8 +354,7 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("drafting.py", f"{FUSE}::test_flat_sequential"): {
         "identity of one's own left": 'self._computes_only(matcher, node, «"nothing"→"an activation"») and self'},
     ("checking.py", f"{ACTS}::test_on_plain_operators_a_norm_alone_is_not_fused"): {
-        "a norm alone told to be fused":
-            'noted = «self.plain if alone and backend_for(input) == "torch" else →»self.ran'},
+        "norm alone told to run": 'noted = «self.plain if alone and backend_for(input) == "torch" else →»self.ran'},
     ("passes.py", "test_report.py::test_passes_of_every_form"): {
         "shortcut of a smooth one read once": "«1.0 if activation.slopes is None else →»2 * _MASK"},
     ("drafting.py", f"{FUSE}::test_code_that_differs_in_training"): {

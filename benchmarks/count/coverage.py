@@ -94,13 +94,14 @@ def cover(name: str, device: torch.device, backend: Backend) -> Coverage:
 
 
 def differences(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """Relative, by result. A gradient that is zero but for rounding, as a bias's before another norm, is compared with
-    the largest gradient."""
-    largest = max(float(t.norm()) for name, t in exact.items() if name.startswith("gradient"))
+    """Relative, by result. What is zero but for rounding, as the gradient of a bias before another norm, or the mean of
+    a convolution of what has none, is compared with the largest of its kind."""
+    largest = {kind: max(float(t.norm()) for name, t in exact.items() if name.startswith(kind)) for kind in KINDS}
     found = {}
     for name, tensor in exact.items():
-        is_zero = name.startswith("gradient") and float(tensor.norm()) <= ZERO * largest
-        apart = float((ours[name] - tensor).norm()) / largest if is_zero else relative_error(ours[name], tensor)
+        scale = largest[name.partition(" ")[0]]
+        is_zero = not name.startswith("output") and float(tensor.norm()) <= ZERO * scale
+        apart = float((ours[name] - tensor).norm()) / scale if is_zero else relative_error(ours[name], tensor)
         found[name] = apart
     return found
 

@@ -142,6 +142,8 @@ class Drafter:
         if inner is None or not is_called_once(matcher.graph, str(node.target)):  # type: ignore[attr-defined]
             return False
         result, _ = inner.peel(result_of(inner.graph))
+        while self._computes_only(inner, result, "nothing"):
+            result, _ = inner.peel(result.args[0])  # type: ignore[attr-defined]
         return self._is_norm_or_ends_so(inner, result)
 
     def _is_norm_or_ends_so(self, matcher: Matcher, node: object) -> bool:

@@ -15,12 +15,14 @@ from .report import Report
 
 
 def fuse_(model: nn.Module, filter_fn: Filter | None = None, recompute: Filter | bool = False) -> Report:
-    """Fuses every BatchNorm of ``model`` that a ReLU follows, directly or after the addition of a shortcut. In place.
+    """Fuses every BatchNorm of ``model`` with the addition of a shortcut and the activation that follow it. In place.
 
-    What a module's ``forward`` computes is traced with torch.fx; where it computes relu(norm(x) + s) it is given an
-    equivalent forward of its own, which runs as long as everything that was found stays so (else, say after a hook was
-    put on a ReLU, the class's own forward does). Classes, names, parameters, buffers and state_dict stay as they are;
-    deepcopy and pickle keep what was fused. Calling it again starts anew from the model as it is.
+    What a module's ``forward`` computes is traced with torch.fx; where it computes activation(norm(x) + s), or a part
+    of that, it is given an equivalent forward of its own, which runs as long as everything that was found stays so
+    (else, say after a hook was put on a ReLU, the class's own forward does). Activations are those of
+    ``resfused.ACTIVATIONS``, written as a function, a method, a module or x * sigmoid(x). Classes, names, parameters,
+    buffers and state_dict stay as they are; deepcopy and pickle keep what was fused. Calling it again starts anew from
+    the model as it is.
 
     ``filter_fn(module, qualified_name)``: whether to fuse this BatchNorm; all by default.
 

@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import relative_error
-from parts import ALONE, CHANNELS, SUM, SUM_NORM, Parts, conv, forms, fused_like_plain, norm
+from oracle import assert_close, relative_error
+from parts import ALONE, CHANNELS, SUM, SUM_NORM, Parts, conv, forms, fused_like_plain, norm, step
 from resfused.kernels.activation import Activation
 from torch import nn
 
@@ -83,6 +83,10 @@ def activated(act, before=ALONE):
     return model
 
 
+def tolerance(name):
+    return SIXTH if name == "hardsigmoid" else 1e-9
+
+
 def ran(report, model, device):
     return report.check(model, torch.randn(INPUT, dtype=torch.float64, device=device)).places
 
@@ -92,7 +96,7 @@ def test_every_way_to_write_it(name, i, device):
     """Behind a norm, a sum and a sum of two norms in turn."""
     before = list(BEFORE)[i % 3]
     model = activated(WRITTEN[name][i], before)
-    report = fused_like_plain(model, device)
+    report = fused_like_plain(model, device, tolerance=tolerance(name))
     assert forms(report) == [f"{before}+{name}"]
     assert ran(report, model, device) == (1, 1)
 
@@ -221,7 +225,7 @@ def test_modules_of_timm(device):
 
 def assert_found(module, name, device):
     model = activated(module)
-    report = fused_like_plain(model, device, tolerance=SIXTH if name == "hardsigmoid" else 1e-9)
+    report = fused_like_plain(model, device, tolerance=tolerance(name))
     assert forms(report) == [f"norm+{name}"], module
     assert ran(report, model, device) == (1, 1)
 
@@ -328,3 +332,30 @@ def test_on_plain_operators_a_norm_alone_is_not_fused(device):
     assert check.places == (1, 1)
     assert check.norms == ("bn2",)
     assert "a norm alone is PyTorch's own operator" in str(check)
+
+
+def test_stochastic_depth(device):
+    """Of torchvision: the identity in evaluation, and where it drops nothing."""
+    ops = pytest.importorskip("torchvision.ops")
+    model = nn.Sequential(*(InvertedResidual() for _ in range(2)))
+    for block, p in zip(model, (0.0, 0.5), strict=True):
+        block.conv.append(ops.StochasticDepth(p, "row"))
+    report = resfused.fuse_(model.to(device, torch.float64))
+    modes = {(e.norms[0], e.form): (e.in_training, e.in_evaluation) for e in report.fused if "relu6" not in e.form}
+    assert modes == {
+        ("0.conv.2", SUM): (True, True),
+        ("1.conv.2", ALONE): (True, False),
+        ("1.conv.2", SUM): (False, True),
+    }
+    assert ran(report, model, device) == (4, 4)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled(backend, device):
+    model = nn.Sequential(InvertedResidual(False, nn.GELU), InvertedResidual(True, lambda: nn.LeakyReLU(0.2)))
+    plain = copy.deepcopy(model.to(device, torch.float64))
+    resfused.fuse_(model)
+    x = torch.randn(INPUT, dtype=torch.float64, device=device)
+    torch._dynamo.reset()
+    actual = step(torch.compile(model, fullgraph=True, backend=backend), x)
+    assert_close({name.replace("_orig_mod.", ""): t for name, t in actual.items()}, step(plain, x), 1e-9)
