@@ -52,8 +52,8 @@ def small_launches():
         STREAMING=dict.fromkeys(launch_table.STREAMING, ((None, entry),)),
         TICKETED=dict.fromkeys(launch_table.TICKETED, entry),
         MULTIPROCESSORS=1,
-        MERGE=(2, 4),
         MERGED_ELEMENTS=32,
+        MERGED_PROGRAMS=2,
         CHANNEL_MAJOR=True,
     )
     with small, mock.patch.multiple(geometry, COLUMNS_LEAST_IMAGES=4, COLUMNS_ROW=16):

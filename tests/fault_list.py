@@ -44,7 +44,6 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "weight without rstd": "scale = «r * →»tl.load(",
         "order reversed one too far": "block = walk.blocks - «1 - →»block"},
     ("tile.py", MEMORY): {
-        "a partial result beyond the last": "entry <«→=» programs * PLANE",
         "one position beyond the end": "block == blocks - 1, left«→ + 1», BLOCK_S",
         "one channel beyond the end": "<«→=» tl.minimum(left, BLOCK)",
         "one vector element beyond the end": "return c, c <«→=» C"},
@@ -68,15 +67,17 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "quads weighed as one value": "(«8→2» * taken * share)",
         "a quad counted as one": "+ «4 * →»taken",
         "merge weighs with the whole count": "share * «(count - added)→count»[:, None]",
-        "merge without its later programs": "range(0, «programs * merging.PLANE→merging.BLOCK_P»,",
+        "merge without its later programs": "range(0, «parts.count * merging.PLANE→merging.BLOCK_P»,",
+        "a group's count not merged": "tl.store(counts + parts.first, «total→0 * total»)",
+        "a group's M2 in the place of its mean": "tl.store(to« + walk.programs * walk.C→», m2",
         "merge adds means whole": "(count - added)[:, None])\n        mean += delta« * share→»\n",
-        "first norm takes a quad of the second": "if number >«=→» half"},
+        "first norm takes a quad of the second": "is_second = number >«=→» of_norm"},
     ("statistics.py", VALUES): {
         "biased by one value": "1 / tl.sqrt(m2 / «M→(M - 1)» + EPS)",
         "biased running variance": "m2 / «(M - 1)→M», running.momentum"},
     ("statistics.py", f"{VALUES} {TWO}"): {
-        "second norm's results in the first's place": "partials = «of_residual→partials»",
-        "first eps for the second norm": "- channel_blocks, «RESIDUAL_EPS→EPS»",
+        "second norm's results in the first's place": "partials += «→0 * »is_second",
+        "first eps for the second norm": "channels, c, c_inside, «RESIDUAL_EPS→EPS»",
         "first running mean for both norms": "Running(«residual_running_mean→running_mean», residual_running_var"},
     ("statistics.py", ONE_LAUNCH): {
         "counts of every block in one place": "walk.«channel_block * walk.programs + walk.→»program, total"},
@@ -94,13 +95,13 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("normalise.py", f"{VALUES} {FROZEN}"): {"running variance taken for rstd": '"FROZEN": «stats is None→False»'},
     ("normalise.py", f"{VALUES} {TWO_FROZEN}"): {
         "first eps for a frozen second norm": '"RESIDUAL_EPS": call.«second→norm».eps'},
-    ("reduce.py", f"{LOOPS} {TWO_TRAINING}"): {"sums without their earlier programs": "total «+→»= tl.load(partials"},
+    ("reduce.py", f"{LOOPS} {TWO_TRAINING}"): {"sums without their earlier programs": "second «+→»= tl.load(partials"},
     ("reduce.py", VALUES): {
         "x̂ without rstd": "sum_dz_x *= «by_channel(r, tiling.CHANNELS_LAST)→1»",
-        "sign of the weight's gradient": "store(out.weight + c, «→-»value"},
+        "sign of the weight's gradient": "store(out.weight + c, «→-»found[1]"},
     ("reduce.py", f"{VALUES} {TWO}"): {
         "ŝ with the first rstd": "r = load_rstd(«second→norm», c,",
-        "second weight's gradient not stored": "«store(out.residual_weight + c, value, c_inside)→pass»"},
+        "second weight's gradient not stored": "«store(out.residual_weight + c, found[2], c_inside)→pass»"},
     ("reduce.py", f"{VALUES} {FROZEN}"): {"frozen gradient is dz": "dz« * own.scale→», inside"},
     ("reduce.py", f"{VALUES} {TWO_FROZEN}"): {
         "frozen second gradient with the first weight": "dz * «other→own».scale, inside",
@@ -113,7 +114,7 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("apply.py", "test_sequential.py::test_chain_of_four"): {
         "fork's gradient twice": "((dz, «None→call.gradients[1]») if is_dz else"},
     ("apply.py", DTYPES): {"dx from a rounded dz": "dz is not None« and dz.dtype is call.gradients[0].dtype→»"},
-    ("forward.py", ONE_LAUNCH): {"first eps for the second norm in one launch": "channel_block, «RESIDUAL_EPS→EPS»"},
+    ("forward.py", ONE_LAUNCH): {"first eps for the second norm in one launch": "C, c, c_inside, «RESIDUAL_EPS→EPS»"},
     ("forward.py", f"{MEMORY} -k one"): {"forward's counters not cleared": "x.«new_zeros→new_empty»(launch.counters"},
     ("forward.py", RAGGED): {"forward's last slice one block too long": "if channel_block <«→=» channel_blocks"},
     ("call.py", DTYPES): {"result in the input's dtype": "«torch.promote_types(x.dtype, residual.dtype)→x.dtype»"},
@@ -132,7 +133,18 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "last slice not normalised": "turn == 2 * slices« - 1→»",
         "program and block of a ticket exchanged":
             "within «% slice_blocks, within //→// slice_blocks, within %» slice_blocks"},
-    ("tickets.py", ONE_LAUNCH): {"merged by the first to arrive": 'sem="acq_rel") == «programs - 1→0»'},
+    ("tickets.py", ONE_LAUNCH): {"merged by the first to arrive": 'sem="acq_rel") == «arrivals - 1→0»'},
+    ("merging.py", MEMORY): {"a partial result beyond the last": "exists = entry <«→=» parts.count * merging.PLANE"},
+    ("merging.py", f"{LOOPS} {TWO_TRAINING}"): {
+        "the groups' results not where they are": "stride = tl.where(groups > 1, «GROUP→1», 1)",
+        "a last group as large as the others": "count = «tl.minimum(walk.programs - first, GROUP)→GROUP»\n"},
+    ("merging.py", f"{VALUES} -k 'training and 40'"): {
+        "columns of other channels merged": "c[None, :] «* merging.PLANE→+ 0»",
+        "a block's second share left out": "tl.cdiv(«tl.minimum(first + BLOCK_C, walk.C)→first + 1», COLUMNS)"},
+    ("merging.py", "test_merging.py::test_streams_share_no_counters"): {
+        "one stream's counters for all": "_kept(device, «driver.active.get_current_stream(device.index)→0», "},
+    ("merging.py", "test_merging.py::test_a_captured_launch_has_counters_of_its_own"): {
+        "captured with counters that others count with": "«torch.cuda.is_current_stream_capturing()→False»"},
     ("geometry.py", f"{VALUES} -k 'training and 40'"): {
         "M without the columns of a plane": "self.groups * self.positions« * self.plane→»"},
     ("geometry.py", MEMORY): {"mask without its ragged bytes": "outer * («-(-self.inner // 8)→self.inner // 8»)"},

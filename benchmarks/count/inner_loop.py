@@ -24,12 +24,17 @@ class UnreadableError(Exception):
     """What this version of Triton, or of a tool that it carries, writes is not what this package knows."""
 
 
+Source = tuple[str, int]
+"""A file and the line in it where a statement begins."""
+
+
 class Instruction(NamedTuple):
-    """``target``: the number of the instruction that it may branch to."""
+    """``target``: the number of the instruction that it may branch to. ``source``: of about which line it is."""
 
     opcode: str
     operands: str
     target: int | None = None
+    source: Source = ("", 0)
 
 
 class InnerLoop(NamedTuple):
@@ -66,32 +71,42 @@ def innermost(branches: Iterable[tuple[int, int]], loaded: Callable[[range], int
     return max(inner, key=loaded, default=None)
 
 
-_LINE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;|^\.(L_\w+):", re.MULTILINE)
+_LINE = re.compile(
+    r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;|^\.(L_\w+):"
+    r'|^\s+//## File "(.*?)", line (\d+)(?:.*\n\s+//## File.*)*',
+    re.MULTILINE,
+)
 _TARGET = re.compile(r"`\(\.?(L_\w+)\)")
 
 
 def instructions(sass: str) -> list[Instruction]:
     """What the disassembler prints, in order, without padding."""
-    found: list[tuple[str, str]] = []
+    found: list[tuple[str, str, Source]] = []
     labels: dict[str, int] = {}
-    for opcode, operands, label in _LINE.findall(sass):
+    source = "", 0
+    for opcode, operands, label, file, line in _LINE.findall(sass):
         if label:
             labels[label] = len(found)
+        elif file:
+            source = file, int(line)
         elif opcode != "NOP":
-            found.append((opcode, operands))
+            found.append((opcode, operands, source))
     return [
-        Instruction(opcode, operands, labels.get(target[1]) if (target := _TARGET.search(operands)) else None)
-        for opcode, operands in found
+        Instruction(opcode, operands, labels.get(target[1]) if (target := _TARGET.search(operands)) else None, source)
+        for opcode, operands, source in found
     ]
 
 
-def inner_loop(code: list[Instruction]) -> InnerLoop:
-    """Raises: UnreadableError where there is none that loads, or it loads in a way that is not known here."""
+def inner_loop(code: list[Instruction], is_streamed: Callable[[Source], bool] = lambda source: True) -> InnerLoop:
+    """The one that loads the most of what ``is_streamed``.
 
-    def loaded(loop: range) -> int:
-        return sum(width_of(code[i].opcode, loads=True) for i in loop) // 8
+    Raises: UnreadableError where there is none that loads, or it loads in a way that is not known here.
+    """
 
-    loop = innermost(((i, c.target) for i, c in enumerate(code) if c.target is not None), loaded)
+    def streamed(loop: range) -> int:
+        return sum(width_of(code[i].opcode, loads=True) for i in loop if is_streamed(code[i].source))
+
+    loop = innermost(((i, c.target) for i, c in enumerate(code) if c.target is not None), streamed)
     if loop is None:
         raise UnreadableError("the machine code has no loop that loads")
     body = [code[i] for i in loop]
@@ -99,7 +114,8 @@ def inner_loop(code: list[Instruction]) -> InnerLoop:
         if opcode.startswith(("UBLKCP", "UTMALDG", "ARRIVES.LDGSTS")):
             raise UnreadableError(f"what {opcode} keeps in flight is not known")
     first, round_trips = _pace(body)
-    return InnerLoop([c.opcode for c in body], loaded(loop), first, round_trips)
+    loaded = sum(width_of(c.opcode, loads=True) for c in body) // 8
+    return InnerLoop([c.opcode for c in body], loaded, first, round_trips)
 
 
 class _Load(NamedTuple):
@@ -119,7 +135,7 @@ class _Thread:
         self._groups: deque[list[_Load]] = deque()
 
     def issue(self, instruction: Instruction) -> None:
-        opcode, operands, _ = instruction
+        opcode, operands, *_ = instruction
         size = width_of(opcode, loads=True) // 8
         if opcode.startswith("DEPBAR"):
             kept = int(operands.rpartition(",")[2], 16)

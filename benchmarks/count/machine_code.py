@@ -15,15 +15,13 @@ from triton.compiler import CompiledKernel
 
 from count.inner_loop import (
     InnerLoop,
+    Source,
     UnreadableError,
     inner_loop,
     innermost,
     instructions,
     width_of,
 )
-
-Source = tuple[str, int]
-"""A file and the line in it where a statement begins."""
 
 
 class Transfer(NamedTuple):
@@ -77,16 +75,13 @@ class Step(NamedTuple):
 
 def step_of(accesses: list[Access], code: MachineCode) -> Step:
     """Raises: UnreadableError where the inner loop is not one of Triton's code."""
-    loads = [a for a in accesses if a.loads and a.itemsize > 1]
-    bytes_of_loops = Counter[int]()
-    for a in loads:
-        bytes_of_loops[a.loop] += a.elements * a.itemsize
-    (loop, size), *_ = bytes_of_loops.most_common(1)
-    of_bases = Counter(a.base for a in loads if a.loop == loop)
+    loads = _streamed(accesses)
+    size = sum(a.elements * a.itemsize for a in loads)
+    of_bases = Counter(a.base for a in loads)
     written = {(a.loads, a.source): a.itemsize for a in accesses}
     inner = [t for t in code.transfers if t.inner and (t.loads, t.source) in written]
     loaded = sum(t.width // 8 for t in inner if t.loads and written[True, t.source] > 1)
-    if not loop or not loaded or code.loop is None:
+    if not loads[0].loop or not loaded or code.loop is None:
         raise UnreadableError("its inner loop is not one of Triton's code")
     # A step of Triton's loop has as many tiles of each base; LLVM and the assembler may each unroll it.
     elements = loaded * of_bases.most_common(1)[0][1] * loads[0].elements / size
@@ -95,11 +90,26 @@ def step_of(accesses: list[Access], code: MachineCode) -> Step:
     return Step(max(1, unrolled) * elements, len(of_bases), moved)
 
 
+def _streamed(accesses: list[Access]) -> list[Access]:
+    """The loads of activations in the loop that loads the most."""
+    loads = [a for a in accesses if a.loads and a.itemsize > 1]
+    bytes_of_loops = Counter[int]()
+    for a in loads:
+        bytes_of_loops[a.loop] += a.elements * a.itemsize
+    return [a for a in loads if a.loop == max(bytes_of_loops, key=bytes_of_loops.__getitem__)]
+
+
 def narrowest(activations: list[Access], transfers: list[Transfer]) -> int:
-    """The width of the narrowest access to an activation. Raises: UnreadableError where one has become no transfer."""
+    """The width of the narrowest access to an activation. Raises: UnreadableError where one has become no transfer.
+
+    Where transfers of one line are both in the inner loop and not, as those of a function that stores this and that,
+    the ones in the loop are the activation's.
+    """
+    in_loop = {(t.loads, t.source) for t in transfers if t.inner}
     found: dict[tuple[bool, Source], int] = {}
-    for loads, width, source, _ in transfers:
-        found[loads, source] = min(width, found.get((loads, source), width))
+    for loads, width, source, inner in transfers:
+        if inner or (loads, source) not in in_loop:
+            found[loads, source] = min(width, found.get((loads, source), width))
     for access in activations:
         if (access.loads, access.source) not in found:
             kind, (file, line) = "load" if access.loads else "store", access.source
@@ -109,12 +119,16 @@ def narrowest(activations: list[Access], transfers: list[Transfer]) -> int:
 
 _DEFINITION = re.compile(r"^ *(%[\w#]+) = (tt\.\w+) (%[\w#]+).* : (.*) loc\(", re.MULTILINE)
 _TILE_ACCESS = re.compile(r"tt\.(load|store) (%[\w#]+).* : tensor<(\d+)x(\d+)x!tt\.ptr<[a-z]+(\d+)>> loc\((#loc\d+)\)")
+_PARTIALS = "%partials"
 _LOCATION = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.MULTILINE)
 
 
 def tile_accesses(ttir: str) -> list[Access]:
-    """The loads and stores of whole tiles in a streaming kernel's Triton code, of which it has some."""
-    definitions = {name: (operation, of, types) for name, operation, of, types in _DEFINITION.findall(ttir)}
+    """The loads and stores of whole tiles in a streaming kernel's Triton code, of which it has some.
+
+    Not those of its argument ``partials``, which are merged behind its loop.
+    """
+    definitions: dict[str, tuple[str, str, str]] = {}
     locations = dict(_LOCATION.findall(ttir))
 
     def source(location: str) -> Source:
@@ -142,7 +156,11 @@ def tile_accesses(ttir: str) -> list[Access]:
 
     accesses = []
     for loop, line in _lines_of_loops(ttir):
-        if found := _TILE_ACCESS.search(line):
+        # Branches and loops side by side may each give a name of theirs to another value.
+        if definition := _DEFINITION.match(line):
+            name, operation, of, types = definition.groups()
+            definitions[name] = operation, of, types
+        if (found := _TILE_ACCESS.search(line)) and base(found[2]) != _PARTIALS:
             kind, pointer, rows, columns, bits, location = found.groups()
             accesses.append(
                 Access(
@@ -180,28 +198,36 @@ def widths(opcodes: Iterable[str], loads: bool) -> dict[int, int]:
     return {width: counts[width] for width in sorted(counts, reverse=True) if width}
 
 
-def read_back(kernel: CompiledKernel) -> MachineCode:
-    """Of a compiled kernel. Raises: UnreadableError."""
+def read_back(kernel: CompiledKernel, accesses: list[Access]) -> MachineCode:
+    """Of a compiled kernel, with the inner loop that streams most by its ``accesses``. Raises: UnreadableError."""
     if "cubin" in kernel.asm:
-        return read_cubin(kernel.asm["cubin"], kernel.asm["ptx"])
+        streamed = frozenset(a.source for a in _streamed(accesses)) if accesses else None
+        return read_cubin(kernel.asm["cubin"], kernel.asm["ptx"], streamed)
     return read_amdgcn(kernel.asm["amdgcn"])
 
 
 @lru_cache(maxsize=1024)
-def read_cubin(cubin: bytes, ptx: str) -> MachineCode:
+def read_cubin(cubin: bytes, ptx: str, streamed: frozenset[Source] | None) -> MachineCode:
     """Of NVIDIA's format, by the disassembler that Triton's package carries. A spill is a use of local memory.
 
+    ``streamed``: of which statements are the loads that make a loop the inner one; None: of all.
+
     Which statement a transfer is of is read in the PTX, which has each where it was written: the lines that the
-    assembler notes are at times those of a neighbour.
+    assembler notes are at times those of a neighbour, some lines further on: enough to tell one loop from another.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        sass = _output_of(knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)
+        sass = _output_of(knobs.nvidia.nvdisasm.path, "-c", "-ndf", "-gi", file.name)
         usage = _output_of(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
     code = instructions(sass)
     opcodes = [instruction.opcode for instruction in code]
-    transfers = transfers_of(ptx)
+    transfers = transfers_of(ptx, streamed)
+    sources = sorted({t.source for t in transfers})
+
+    def is_streamed(noted: Source) -> bool:
+        return streamed is None or max((s for s in sources if s <= noted), default=noted) in streamed
+
     for loads in (True, False):
         written, assembled = Counter(t.width for t in transfers if t.loads == loads), widths(opcodes, loads)
         # Not their numbers: the assembler repeats some, and drops one that it finds to be another's.
@@ -212,9 +238,9 @@ def read_cubin(cubin: bytes, ptx: str) -> MachineCode:
         raise UnreadableError("the disassembler's output is not as it was")
     spilled = int(found["STACK"]) + int(found["LOCAL"])
     try:
-        loop = inner_loop(code)
+        loop = inner_loop(code, is_streamed)
     except UnreadableError:
-        # A merge has none, and whether it should have one is the reader's to say.
+        # Whether it should have one is the reader's to say.
         loop = None
     return MachineCode(opcodes, transfers, int(found["REG"]), spilled, loop)
 
@@ -236,8 +262,8 @@ _PTX = re.compile(
 )
 
 
-def transfers_of(ptx: str) -> list[Transfer]:
-    """Each with the statement that it was written for, and whether it is in the inner loop.
+def transfers_of(ptx: str, streamed: frozenset[Source] | None = None) -> list[Transfer]:
+    """Each with the statement that it was written for, and whether it is in the inner loop, of ``streamed`` loads.
 
     Triton writes a load as inline assembly of several lines. LLVM, as of Triton 3.8, counts a line of the source for
     each of them, so that the load itself is said to be of a line further on, which may be another statement's.
@@ -264,7 +290,8 @@ def transfers_of(ptx: str) -> list[Transfer]:
             counting = inside
 
     def loaded(loop: range) -> int:
-        return sum(t.width for at, t in transfers.items() if t.loads and at in loop)
+        wanted = (t for at, t in transfers.items() if at in loop and (streamed is None or t.source in streamed))
+        return sum(t.width for t in wanted if t.loads)
 
     inner = innermost(((at, labels[target]) for at, target in branches if target in labels), loaded) or range(0)
     return [transfer._replace(inner=at in inner) for at, transfer in transfers.items()]

@@ -35,7 +35,7 @@ from resfused import functional
 
 # The first that matches names the kind.
 KINDS = {
-    "resfused": re.compile(r"^_(statistics|merge_\w+|normalise|reduce|apply|forward|backward)_kernel"),
+    "resfused": re.compile(r"^_(statistics|normalise|reduce|apply|forward|backward)_kernel"),
     "Inductor": re.compile(r"^triton_"),
     "convolution, matrix product": re.compile(
         r"conv|gemm|cutlass|xmma|wgrad|dgrad|fprop|cudnn_(generated|infer)|nvjet|sm\d+_|matmul|implicit", re.IGNORECASE
@@ -179,10 +179,10 @@ def with_counters(nodes: list[list[KernelTime]], deadline: Deadline) -> list[Ker
 
 def counted(times: list[KernelTime], moved: Iterable[Moved]) -> list[KernelTime]:
     """A launch of each kernel, in the same order. Raises: CountersError where they are not."""
-    streaming = [m for m in moved if not m.kernel.startswith("_merge")]
-    if [kernel_of(m.kernel) for m in streaming] != [t.kernel for t in times]:
-        raise CountersError(f"{len(times)} kernels were timed, and the counters saw {len(streaming)}, or other ones")
-    return [replace(t, dram_bytes=m.read + m.written) for t, m in zip(times, streaming, strict=True)]
+    seen = list(moved)
+    if [kernel_of(m.kernel) for m in seen] != [t.kernel for t in times]:
+        raise CountersError(f"{len(times)} kernels were timed, and the counters saw {len(seen)}, or other ones")
+    return [replace(t, dram_bytes=m.read + m.written) for t, m in zip(times, seen, strict=True)]
 
 
 def profile_steps(workload: Workload, ways: Sequence[str], m: Measuring) -> None:

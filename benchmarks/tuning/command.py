@@ -1,7 +1,7 @@
 """Searches the launch table for the GPU at hand and writes it to the file that the kernels read, with what it gained.
 
 Timed are the directions of ResNet-50's nodes, each through the kernels' own functions, after a comparison of the same
-tensors with PyTorch in float64. One number of one entry is changed at a time; then one launch is compared with three;
+tensors with PyTorch in float64. One number of one entry is changed at a time; then one launch is compared with two;
 then the order of the second phase and its cache hints, on and off. The largest expected gains come first, and what time
 does not allow is said. A change is kept where its gain exceeds the noise of two equal measurements beside it.
 """
@@ -220,9 +220,9 @@ def _changes_table(search: Search) -> Rows:
 
 
 def _one_launch_table(taken: Sequence[Taken]) -> Rows:
-    """What one launch gains over three, by the size of the node."""
+    """What one launch gains over two, by the size of the node."""
     table = Rows(
-        "One launch a direction: what it gains over three",
+        "One launch a direction: what it gains over two",
         keys=("direction", "layout"),
         values=("elements", "gain", "noise"),
     )

@@ -81,7 +81,7 @@ class Number(Step):
 
 @dataclass(frozen=True)
 class OneLaunchLimit(Step):
-    """The largest node of a direction and a layout that one launch serves faster than three."""
+    """The largest node of a direction and a layout that one launch serves faster than two."""
 
     direction: str
     layout: str
@@ -102,7 +102,7 @@ class OneLaunchLimit(Step):
         return str(table.one_launch_elements[self._key])
 
     def variants(self, table: Any) -> dict[str, Any]:
-        """Three launches, twice, and one, whatever the table says."""
+        """Two launches, twice, and one, whatever the table says."""
         found = super().variants(table)
         return {name: each if name == ONE_LAUNCH else self._with(each, 0) for name, each in found.items()}
 

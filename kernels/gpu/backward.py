@@ -13,12 +13,12 @@ from ..geometry import in_layout_of
 from . import launch_table
 from .apply import Sums, apply, launch_apply
 from .launching import Backward, activation_options, one_launch_options
+from .merging import Merging, Parts
 from .normalise import Spread
 from .plans import Made
-from .reduce import Gradient, InputGradients, ParameterGradients, Saved, launch_sums, merge_sums, reduce
-from .statistics import Merging
+from .reduce import Gradient, InputGradients, ParameterGradients, Saved, launch_sums, merge_sums, publish_sums, reduce
 from .tickets import is_last_to_arrive, open_second_phase, take_turn, wait_for_second_phase
-from .tile import NormVectors, Order, Tiling, aligned, walk_of
+from .tile import NormVectors, Order, Tiling, aligned, channels_of, walk_of
 
 
 @triton.jit
@@ -54,17 +54,19 @@ def _backward_kernel(
         else:
             nothing = InputGradients(None, None, None)
             reduce(gradient, saved, nothing, partials, norm, second, walk, activation, spread, tiling)
-            if is_last_to_arrive(counters, channel_block, programs):
+            if is_last_to_arrive(counters + 1 + channel_block, programs):
                 parameters = ParameterGradients(dweight, dbias, dresidual_weight, dresidual_bias)
-                merge_sums(partials, sums, parameters, C, programs, channel_block, ROWS, merging)
+                c, c_inside = channels_of(channel_block, C, BLOCK_C)
+                found = merge_sums(partials, Parts(0, programs, 1), walk, c, c_inside, ROWS, merging)
+                publish_sums(sums, parameters, found, C, c, c_inside, ROWS)
                 open_second_phase(counters, channel_block, channel_blocks)
 
 
 def backward(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients) -> Gradients:
     """The wanted gradients of ``forward``, None elsewhere, from what it has ``kept``.
 
-    ``dy_fork`` is a second gradient of the same output, added to ``dy`` on the way. Launches: reduce, merge, apply; the
-    merge only for sums that something needs, the apply only where an input's gradient waits for them.
+    ``dy_fork`` is a second gradient of the same output, added to ``dy`` on the way. Launches: reduce, which sums only
+    what something needs, and apply, only where an input's gradient waits for the sums.
     """
     call = Backward.of("backward", dy, dy_fork, kept, *wanted)
     dx, of_residual = call.rooms(bool(wanted.x), bool(wanted.residual))
@@ -82,7 +84,7 @@ def local_sums(dy: Tensor, dy_fork: Tensor | None, kept: Kept, wanted: Gradients
     """Every channel's sum of dz, dz·x̂ and, where the residual is normed, dz·ŝ: (2 or 3, C); gradients that are local.
 
     The first phase of ``backward``, with its arguments, for statistics over several processes. The gradients are the
-    parameters' and that of a residual without a norm, where wanted. Two launches.
+    parameters' and that of a residual without a norm, where wanted. One launch.
     """
     call = Backward.of("sums", dy, dy_fork, kept, *wanted)
     _, dz = call.rooms(False, bool(wanted.residual) and kept.residual_norm is None)
@@ -114,7 +116,7 @@ def _launch_phases(
     parameters: list[Tensor | None],
     frozen: bool,
 ) -> None:
-    """Fills the gradients that are not None, in three launches at most."""
+    """Fills the gradients that are not None, in two launches at most."""
     # With batch statistics an input's gradient waits for the sums; without, it is local.
     waiting = (None, None) if frozen else (dx, dresidual)
     local = (dz, dx, dresidual) if frozen else (dz, None, None)

@@ -11,21 +11,22 @@ from ..activation import RELU, Activation
 from ..call import NOTHING_BUT_STATISTICS, Norm, outputs
 from . import launch_table
 from .launching import Forward, activation_options, one_launch_options, quad_options
+from .merging import Merging, Parts
 from .normalise import Spread, launch_normalise
 from .normalise import normalise as _normalise
 from .plans import Made
 from .statistics import (
-    Merging,
     Running,
     launch_statistics,
     merge_statistics,
     momentum_parts,
     partial_statistics,
+    publish_statistics,
     room_for_partials,
     take_statistics,
 )
 from .tickets import is_last_to_arrive, open_second_phase, take_turn, wait_for_second_phase
-from .tile import NormVectors, Order, Tiling, aligned, walk_of
+from .tile import NormVectors, Order, Tiling, aligned, channels_of, walk_of
 
 
 @triton.jit
@@ -66,17 +67,22 @@ def _forward_kernel(
             room = room_for_partials(programs, C, channel_blocks)
             if NORMS == 2:
                 take_statistics(residual, partials + room, walk, BY_GROUPS, WHOLE, tiling)
-            if is_last_to_arrive(counters, channel_block, programs):
+            if is_last_to_arrive(counters + 1 + channel_block, programs):
                 counts = partials + 2 * programs * C + channel_block * programs
+                c, c_inside = channels_of(channel_block, C, BLOCK_C)
+                parts = Parts(0, programs, 1)
+                _, mean, m2 = merge_statistics(partials, counts, parts, walk, c, c_inside, merging)
                 running = Running(running_mean, running_var, momentum, momentum_rest)
-                merge_statistics(partials, counts, stats, running, M, C, programs, channel_block, EPS, merging)
+                publish_statistics(stats, running, mean, m2, M, C, c, c_inside, EPS)
                 if NORMS == 2:
+                    _, mean, m2 = merge_statistics(
+                        partials + room, counts + room, parts, walk, c, c_inside, merging
+                    )  # fmt: skip
                     residual_running = Running(
                         residual_running_mean, residual_running_var, residual_momentum, residual_momentum_rest
                     )
-                    merge_statistics(
-                        partials + room, counts + room, stats + 2 * C, residual_running, M, C, programs,
-                        channel_block, RESIDUAL_EPS, merging,
+                    publish_statistics(
+                        stats + 2 * C, residual_running, mean, m2, M, C, c, c_inside, RESIDUAL_EPS
                     )  # fmt: skip
                 open_second_phase(counters, channel_block, channel_blocks)
 
@@ -95,7 +101,7 @@ def forward(
     s is nothing, ``residual``, or with ``residual_norm`` the batch norm of ``residual``. Returns y in the promoted
     dtype and the layout of ``x``; with ``masked`` the packed bits of the activation's derivative, which must have two
     values; with ``training`` the batch statistics (mean, rstd[, mean, rstd]), float32 or float64, after updating the
-    running ones. One launch; three with ``training``, or one and the clearing of its counters where the launch table
+    running ones. One launch; two with ``training``, or one and the clearing of its counters where the launch table
     says so.
     """
     phase = "forward" if training else "frozen forward"
@@ -116,7 +122,7 @@ def forward(
 def local_statistics(x: Tensor, residual: Tensor | None, norm_residual: bool) -> Tensor:
     """Every channel's (mean, M2) in ``x``, with ``norm_residual`` followed by those in ``residual``: (2 or 4, C).
 
-    The first phase of ``forward``, for statistics over several processes, in the precision of its own. Two launches.
+    The first phase of ``forward``, for statistics over several processes, in the precision of its own. One launch.
     """
     second = NOTHING_BUT_STATISTICS if norm_residual else None
     call = Forward.of("statistics", x, residual, NOTHING_BUT_STATISTICS, second)

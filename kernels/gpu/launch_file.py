@@ -38,7 +38,7 @@ class Table(NamedTuple):
     streaming: dict[tuple[str, bool], tuple[tuple[int | None, Entry], ...]]
     # The tile of the one-launch kernels; programs: at most in one phase of a slice.
     ticketed: dict[tuple[str, bool], Entry]
-    # A training node with at most so many elements takes one launch a direction, ordered by tickets, others three;
+    # A training node with at most so many elements takes one launch a direction, ordered by tickets, others two;
     # None: every node. None of them until a GPU has run the one.
     one_launch_elements: dict[tuple[str, bool], int | None]
     # The second phase begins with the tiles that the first ended with, and lets go of what is read for the last time.

@@ -15,8 +15,21 @@ from . import launch_file
 from .launch_file import Entry as Entry
 
 
+class Merge(NamedTuple):
+    """How a launch's last programs merge what all have found. channels: of a share, which one of them merges.
+
+    elements: partial results side by side. counters: of who has arrived.
+    """
+
+    channels: int
+    elements: int
+    counters: int
+
+
 class Launch(NamedTuple):
-    """programs: of a channel block. activations: walked side by side, each in a part of the grid."""
+    """programs: of a channel block. merge: of what they find, where they do. activations: walked side by side, each in
+    a part of the grid.
+    """
 
     block_positions: int
     block_channels: int
@@ -25,19 +38,13 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     channel_major: bool
+    merge: Merge
     activations: int = 1
 
     @property
     def grid(self) -> tuple[int]:
         """One axis only: the others end at 65535."""
         return (self.activations * self.channel_blocks * self.programs,)
-
-
-class MergeLaunch(NamedTuple):
-    block_programs: int
-    block_channels: int
-    channel_blocks: int
-    warps: int
 
 
 # What is tuned; ``launch_file.Table`` says what each is.
@@ -68,11 +75,12 @@ BEGINNING = 2
 # Waves of programs that a grid may have beyond the least, and how full the last should be.
 MORE_WAVES = 8
 LEAST_FILLED = 0.9
-# Partial results of this many programs are merged side by side, for this many channels in a program.
-MERGE = (128, 8)
-MERGE_WARPS = 8
-# The same within a one-launch kernel, whose channels are the tile's: programs times channels.
-MERGED_ELEMENTS = 2048
+# Partial results that are merged side by side, programs times channels: few, whose registers every program holds.
+MERGED_ELEMENTS = 1024
+# Where a channel block has more programs than this, groups of so many merge what they have found first.
+MERGED_PROGRAMS = 32
+# A stream's counters: at least so many, for most launches the same.
+LEAST_COUNTERS = 1024
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -103,7 +111,7 @@ def _put_in_force(constants: dict[str, Any]) -> None:
 
 
 def takes_one_launch(direction: str, g: Geometry) -> bool:
-    """Whether a training node's "forward" or "backward" is one launch, ordered by tickets, and not three.
+    """Whether a training node's "forward" or "backward" is one launch, ordered by tickets, and not two.
 
     Never by columns, where a block of them may cut a channel.
     """
@@ -124,7 +132,8 @@ def streaming(
 
     Of two ``norms`` the statistics are taken side by side; elsewhere they share a tile, of half the elements for their
     vectors. Where a ``forked`` output's second gradient comes on top, those of apply over channels_last take another
-    half. For so many ``multiprocessors``, or without a number MULTIPROCESSORS.
+    half; so do the addresses of the statistics' loads where those are narrow. For so many ``multiprocessors``, or
+    without a number MULTIPROCESSORS.
     """
     size = g.numel
     entry = next(e for limit, e in STREAMING[kernel, g.channels_last] if limit is None or size <= limit)
@@ -132,15 +141,31 @@ def streaming(
     elements = entry.elements // (2 if wide else 1) // (norms // activations)
     if forked and norms == 2 and kernel == "apply" and g.channels_last:
         elements //= 2
+    if kernel == "statistics" and not wide and g.inner % 8 != 0:
+        elements //= 2
     positions, channels = _tile(g, elements, entry.inner)
     channel_blocks = -(-g.columns // channels)
     resident = (multiprocessors or MULTIPROCESSORS) * entry.programs
     programs = _programs(_steps(kernel, g, positions), activations * channel_blocks, resident)
     block_bytes = g.numel // channel_blocks * (8 if wide else 4)
     channel_major = CHANNEL_MAJOR and g.channels_last and block_bytes <= CHANNEL_MAJOR_BYTES
+    merge = _merge(g, channels, programs, wide, activations)
     return Launch(
-        positions, channels, channel_blocks, programs, entry.warps, entry.stages, channel_major, activations
+        positions, channels, channel_blocks, programs, entry.warps, entry.stages, channel_major, merge, activations
     )  # fmt: skip
+
+
+def _merge(g: Geometry, columns: int, programs: int, wide: bool, activations: int) -> Merge:
+    """Of so many programs for each block of ``columns``, which a share of the channels is or covers."""
+    channels = _power_of_two(-(-columns // g.plane), 1, columns)
+    elements = max(MERGED_ELEMENTS // (2 if wide else 1), columns)
+    groups = -(-g.columns // columns) * -(-programs // MERGED_PROGRAMS)
+    return Merge(channels, elements, activations * (-(-g.channels // channels) + groups))
+
+
+def room(counters: int) -> int:
+    """How many counters are kept where so many are needed."""
+    return _power_of_two(counters, LEAST_COUNTERS, 2**31)
 
 
 def takes_groups(g: Geometry) -> bool:
@@ -238,15 +263,6 @@ def _tile(g: Geometry, elements: int, inner: int) -> tuple[int, int]:
     inner_block = _power_of_two(g.inner, 8, max(inner, least_inner))
     outer_block = _power_of_two(outer, 1, elements // inner_block)
     return (outer_block, inner_block) if g.channels_last else (inner_block, outer_block)
-
-
-@cached
-def merge(programs: int, channels: int) -> MergeLaunch:
-    """The launch that merges the partial results of ``programs`` programs."""
-    most_programs, most_channels = MERGE
-    block_channels = _power_of_two(channels, 1, most_channels)
-    block_programs = _power_of_two(programs, 1, most_programs)
-    return MergeLaunch(block_programs, block_channels, -(-channels // block_channels), MERGE_WARPS)
 
 
 def _power_of_two(extent: int, least: int, most: int) -> int:

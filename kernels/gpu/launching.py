@@ -132,6 +132,8 @@ def tile_options(
     constants["CHANNEL_MAJOR"] = launch.channel_major
     if kernel == "statistics":
         constants |= quad_options(launch, g)
+    if kernel in ("statistics", "reduce"):
+        constants |= _merge_constants(launch.merge)
     return launch, constants | _order_constants() if kernel in ("normalise", "apply") else constants
 
 
@@ -150,6 +152,10 @@ def one_launch_options(launch: launch_table.OneLaunch, g: Geometry, acc: torch.d
     """The compile-time arguments that both one-launch kernels take."""
     constants = _tile_constants(g, acc, launch)
     return constants | _order_constants() | {"BLOCK_P": launch.block_programs}
+
+
+def _merge_constants(merge: launch_table.Merge) -> dict[str, Any]:
+    return {"GROUP": launch_table.MERGED_PROGRAMS, "MERGED": merge.elements, "SHARE": merge.channels}
 
 
 def _order_constants() -> dict[str, Any]:

@@ -9,12 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activation import Activation
-from . import launch_table
 from .activation import gradient_at, gradient_by_bits
 from .launching import Backward, activation_options, tile_options
+from .merging import Merging, counters_for, is_final, locate_parts, round_of, rounds_of
 from .normalise import Spread
 from .plans import Made
-from .statistics import Merging
+from .tickets import is_last_to_arrive
 from .tile import (
     NormVectors,
     TileNorm,
@@ -29,7 +29,6 @@ from .tile import (
     load_rstd,
     locate,
     locate_bits,
-    locate_partials,
     next_place,
     store,
     unpack_bits,
@@ -165,40 +164,78 @@ def reduce(
 
 
 @triton.jit
-def merge_sums(partials, sums, out, C, programs, channel_block, ROWS: tl.constexpr, merging: tl.constexpr):
-    """The partial sums of all programs added in a fixed order, and the parameters' gradients, which they are."""
-    c, c_inside = channels_of(channel_block, C, merging.BLOCK_C)
-    for row in tl.static_range(ROWS):
-        total = tl.zeros((merging.BLOCK_P, merging.BLOCK_C), merging.ACC)
-        for first in range(0, programs * merging.PLANE, merging.BLOCK_P):
-            at, inside, _, _ = locate_partials(first, c, c_inside, C, programs, merging.PLANE, merging.BLOCK_P)
-            total += tl.load(partials + row * programs * C * merging.PLANE + at, mask=inside, other=0)
-        value = tl.sum(total, axis=0)
-        tl.store(sums + row * C + c, value, mask=c_inside)
-        if row == 0:
-            if out.bias is not None:
-                store(out.bias + c, value, c_inside)
-            if out.residual_bias is not None:
-                store(out.residual_bias + c, value, c_inside)
-        elif row == 1:
-            if out.weight is not None:
-                store(out.weight + c, value, c_inside)
-        else:
-            if out.residual_weight is not None:
-                store(out.residual_weight + c, value, c_inside)
+def merge_sums(partials, parts, walk, c, c_inside, ROWS: tl.constexpr, merging: tl.constexpr):
+    """Each row of sums of channels ``c``, of some of the partial results added up in a fixed order; two or three."""
+    first = tl.zeros((merging.BLOCK_P, merging.BLOCK_C), merging.ACC)
+    second = tl.zeros((merging.BLOCK_P, merging.BLOCK_C), merging.ACC)
+    third = tl.zeros((merging.BLOCK_P, merging.BLOCK_C), merging.ACC)
+    row = walk.programs * walk.C
+    for begin in range(0, parts.count * merging.PLANE, merging.BLOCK_P):
+        at, inside, _, _ = locate_parts(begin, parts, c, c_inside, walk.C, merging)
+        first += tl.load(partials + at, mask=inside, other=0)
+        second += tl.load(partials + row + at, mask=inside, other=0)
+        if ROWS == 3:
+            third += tl.load(partials + 2 * row + at, mask=inside, other=0)
+    return tl.sum(first, axis=0), tl.sum(second, axis=0), tl.sum(third, axis=0)
+
+
+@triton.jit
+def _store_sums(to, row, found, c, c_inside, ROWS: tl.constexpr):
+    """Rows of sums of channels ``c``, so far apart."""
+    for i in tl.static_range(ROWS):
+        tl.store(to + i * row + c, found[i], mask=c_inside)
+
+
+@triton.jit
+def publish_sums(sums, out, found, C, c, c_inside, ROWS: tl.constexpr):
+    """The merged sums, and the parameters' gradients, which they are."""
+    _store_sums(sums, C, found, c, c_inside, ROWS)
+    if out.bias is not None:
+        store(out.bias + c, found[0], c_inside)
+    if out.residual_bias is not None:
+        store(out.residual_bias + c, found[0], c_inside)
+    if out.weight is not None:
+        store(out.weight + c, found[1], c_inside)
+    if out.residual_weight is not None:
+        store(out.residual_weight + c, found[2], c_inside)
+
+
+@triton.jit
+def _merge_in_rounds(
+    partials, sums, parameters, counters, walk,
+    BLOCK_C: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, merging: tl.constexpr,
+):  # fmt: skip
+    """What a program merges of the sums: of its group or of all, where it is the last to arrive."""
+    begin, end = rounds_of(walk, BLOCK_C, GROUP, merging)
+    goes_on = begin < end
+    for number in range(begin, end):
+        if goes_on:
+            turn = round_of(counters, number, walk, BLOCK_C, GROUP, merging)
+            goes_on = is_last_to_arrive(turn.counter, turn.arrivals)
+            if goes_on:
+                C = walk.C // merging.PLANE
+                c, c_inside = channels_of(turn.share, C, merging.BLOCK_C)
+                found = merge_sums(partials, turn.parts, walk, c, c_inside, ROWS, merging)
+                if is_final(number, merging):
+                    publish_sums(sums, parameters, found, C, c, c_inside, ROWS)
+                else:
+                    _store_sums(partials + turn.parts.first * C, walk.programs * C, found, c, c_inside, ROWS)
+            goes_on |= merging.PLANE > 1
 
 
 @triton.jit
 def _reduce_kernel(
-    dy, dy_fork, x, residual, mask, dz_out, dx, dresidual, partials,
+    dy, dy_fork, x, residual, mask, dz_out, dx, dresidual, partials, sums, counters,
+    dweight, dbias, dresidual_weight, dresidual_bias,
     mean, rstd, weight, bias, residual_mean, residual_rstd, residual_weight, residual_bias,
     G, S, C,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr,
+    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, FROZEN: tl.constexpr, ROWS: tl.constexpr,
+    GROUP: tl.constexpr, MERGED: tl.constexpr, SHARE: tl.constexpr,
     PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``reduce`` as a launch of its own."""
+    """``reduce`` and the merge of its sums, where there are some."""
     gradient = Gradient(dy, dy_fork)
     saved = Saved(x, residual, mask)
     out = InputGradients(dz_out, dx, dresidual)
@@ -211,19 +248,10 @@ def _reduce_kernel(
     walk = first_walk(tl.program_id(0), tl.num_programs(0), G, S, C, CHANNEL_MAJOR, tiling)
     reduce(gradient, saved, out, partials, norm, second, walk, activation, spread, tiling)
 
-
-@triton.jit
-def _merge_sums_kernel(
-    partials, sums,
-    dweight, dbias, dresidual_weight, dresidual_bias,
-    C, programs,
-    ROWS: tl.constexpr,
-    PLANE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """``merge_sums`` as a launch of its own."""
-    out = ParameterGradients(dweight, dbias, dresidual_weight, dresidual_bias)
-    merging: tl.constexpr = Merging(PLANE, BLOCK_P, BLOCK_C, ACC)
-    merge_sums(partials, sums, out, C, programs, tl.program_id(0), ROWS, merging)
+    if partials is not None:
+        parameters = ParameterGradients(dweight, dbias, dresidual_weight, dresidual_bias)
+        merging: tl.constexpr = Merging(PLANE, MERGED // SHARE, SHARE, ACC)
+        _merge_in_rounds(partials, sums, parameters, counters, walk, BLOCK_C, GROUP, ROWS, merging)
 
 
 def launch_sums(
@@ -233,28 +261,22 @@ def launch_sums(
     sums: Tensor | None,
     frozen: bool,
 ) -> None:
-    """Fills ``local``, the gradients (dz, dx, residual's) that need no sum, in one launch; with ``sums`` also those
-    and ``parameters``, in another.
+    """Fills ``local``, the gradients (dz, dx, residual's) that need no sum, and with ``sums`` those and ``parameters``,
+    in one launch.
     """
     like, g = call.like, call.g
     launch, options = tile_options("reduce", g, call.acc, like.device, call.rows - 1)
-    partials = None if sums is None else like.new_empty((call.rows, launch.programs, g.columns), dtype=call.acc)
+    partials = counters = None
+    if sums is not None:
+        partials = like.new_empty((call.rows, launch.programs, g.columns), dtype=call.acc)
+        counters = counters_for(launch.merge, like.device)
 
     def made() -> Made:
-        numbers = {"EPS": call.eps[0], "RESIDUAL_EPS": call.eps[1], "FROZEN": frozen}
+        numbers = {"EPS": call.eps[0], "RESIDUAL_EPS": call.eps[1], "FROZEN": frozen, "ROWS": call.rows}
         numbers |= activation_options(call.activation)
         return Made(launch.grid, (g.groups, g.positions, g.columns), numbers | options)
 
-    def merge_made() -> Made:
-        merge = launch_table.merge(launch.programs * g.plane, g.channels)
-        constants = {
-            "ROWS": call.rows, "PLANE": g.plane, "BLOCK_P": merge.block_programs, "BLOCK_C": merge.block_channels,
-            "ACC": options["ACC"], "num_warps": merge.warps,
-        }  # fmt: skip
-        return Made((merge.channel_blocks,), (g.channels, launch.programs), constants)
-
     call.plan.launch(
-        _reduce_kernel, made, *call.gradients, call.x, call.residual, call.mask, *local, partials, *call.vectors
+        _reduce_kernel, made, *call.gradients, call.x, call.residual, call.mask, *local, partials, sums, counters,
+        *parameters, *call.vectors,
     )  # fmt: skip
-    if partials is not None:
-        call.plan.launch(_merge_sums_kernel, merge_made, partials, sums, *parameters)

@@ -1,4 +1,4 @@
-"""The first phase of the forward: every channel's mean and M2, and their merge over the programs."""
+"""The first phase of the forward: every channel's mean and M2, merged over the programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from ..call import Norm
 from . import launch_table
 from .launching import Forward, tile_options
+from .merging import Merging, counters_for, is_final, locate_parts, room_for_counters, round_of, rounds_of
 from .plans import Made
+from .tickets import is_last_to_arrive
 from .tile import (
     Tiling,
     aligned,
@@ -22,7 +24,6 @@ from .tile import (
     first_place,
     first_walk,
     inside_block,
-    locate_partials,
     merge_lanes,
     next_place,
     store,
@@ -53,15 +54,6 @@ class Quads(NamedTuple):
     outer_stride: Any
     inner_stride: Any
     stride: Any
-
-
-class Merging(NamedTuple):
-    """How partial results are merged: so many columns a channel, programs side by side, channels of a program."""
-
-    PLANE: Any
-    BLOCK_P: Any
-    BLOCK_C: Any
-    ACC: Any
 
 
 @triton.jit
@@ -158,29 +150,40 @@ def _update(running, new, momentum, momentum_rest, c, c_inside):
 
 
 @triton.jit
-def merge_statistics(
-    partials, counts, stats, running, M, C, programs, channel_block, EPS: tl.constexpr, merging: tl.constexpr
-):  # fmt: skip
-    """One norm's partials (mean, M2) merged into ``stats``, and its running statistics updated.
-
-    ``stats`` is (mean, rstd), or where EPS is None (mean, M2), for a merge with what other processes found.
-    """
-    c, c_inside = channels_of(channel_block, C, merging.BLOCK_C)
+def merge_statistics(partials, counts, parts, walk, c, c_inside, merging: tl.constexpr):
+    """(count, mean, M2) of channels ``c`` from some of the partial results, in a fixed order."""
     count = tl.zeros((merging.BLOCK_P,), merging.ACC)
     mean = tl.zeros((merging.BLOCK_P, merging.BLOCK_C), merging.ACC)
     m2 = tl.zeros((merging.BLOCK_P, merging.BLOCK_C), merging.ACC)
-    for first in range(0, programs * merging.PLANE, merging.BLOCK_P):
-        at, inside, p, p_inside = locate_partials(first, c, c_inside, C, programs, merging.PLANE, merging.BLOCK_P)
+    for begin in range(0, parts.count * merging.PLANE, merging.BLOCK_P):
+        at, inside, p, p_inside = locate_parts(begin, parts, c, c_inside, walk.C, merging)
         added = tl.load(counts + p, mask=p_inside, other=0)
         count += added
         # Chan's update of (count, mean, M2), lane by lane; a lane without values adds nothing.
         share = (added / tl.where(count > 0, count, 1))[:, None]
         delta = tl.where(inside, tl.load(partials + at, mask=inside, other=0) - mean, 0)
-        m2 += tl.load(partials + programs * C * merging.PLANE + at, mask=inside, other=0)
+        m2 += tl.load(partials + walk.programs * walk.C + at, mask=inside, other=0)
         # In this order an overflow is Inf, and never 0·Inf.
         m2 += delta * (delta * share * (count - added)[:, None])
         mean += delta * share
-    _, mean, m2 = merge_lanes(count, mean, m2, True)
+    return merge_lanes(count, mean, m2, True)
+
+
+@triton.jit
+def _keep_merged(partials, counts, parts, walk, total, mean, m2, c, c_inside):
+    """The statistics of a group of programs, in the place of its first."""
+    to = partials + parts.first * walk.C + c
+    tl.store(to, mean, mask=c_inside)
+    tl.store(to + walk.programs * walk.C, m2, mask=c_inside)
+    tl.store(counts + parts.first, total)
+
+
+@triton.jit
+def publish_statistics(stats, running, mean, m2, M, C, c, c_inside, EPS: tl.constexpr):
+    """One norm's merged statistics into ``stats``, and its running ones updated.
+
+    ``stats`` is (mean, rstd), or where EPS is None (mean, M2), for a merge with what other processes found.
+    """
     tl.store(stats + c, mean, mask=c_inside)
     if EPS is None:
         tl.store(stats + C + c, m2, mask=c_inside)
@@ -194,86 +197,79 @@ def merge_statistics(
 
 @triton.jit
 def _statistics_kernel(
-    x, residual, partials,
+    x, residual, partials, stats, counters,
+    running_mean, running_var, residual_running_mean, residual_running_var,
+    momentum, momentum_rest, residual_momentum, residual_momentum_rest,
     G, S, C,
-    BY_GROUPS: tl.constexpr, WHOLE: tl.constexpr,
+    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, NORMS: tl.constexpr, BY_GROUPS: tl.constexpr, WHOLE: tl.constexpr,
+    GROUP: tl.constexpr, MERGED: tl.constexpr, SHARE: tl.constexpr,
     PLANE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, CHANNEL_MAJOR: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``take_statistics`` as a launch of its own, of ``residual`` too in a half of the grid of its own."""
+    """``take_statistics`` and their merge, of two norms in halves of the grid of their own."""
     tiling: tl.constexpr = Tiling(CHANNELS_LAST, PLANE, BLOCK_S, BLOCK_C, WIDE, ACC, STAGES)
+    merging: tl.constexpr = Merging(PLANE, MERGED // SHARE, SHARE, ACC)
     S, C = aligned(S, C, CHANNELS_LAST, ALIGN)
+    of_norm = tl.num_programs(0) // NORMS
     number = tl.program_id(0)
-    if residual is None:
-        walk = first_walk(number, tl.num_programs(0), G, S, C, CHANNEL_MAJOR, tiling)
-        take_statistics(x, partials, walk, BY_GROUPS, WHOLE, tiling)
-    else:
-        half = tl.num_programs(0) // 2
-        walk = first_walk(number % half, half, G, S, C, CHANNEL_MAJOR, tiling)
-        of_residual = partials + room_for_partials(walk.programs, C, tl.cdiv(C, BLOCK_C))
+    walk = first_walk(number % of_norm, of_norm, G, S, C, CHANNEL_MAJOR, tiling)
+    is_second = number >= of_norm
+    if NORMS == 2:
+        # The same code for both takes fewer registers.
+        partials += is_second.to(tl.int32) * room_for_partials(walk.programs, C, tl.cdiv(C, BLOCK_C))
+        counters += is_second.to(tl.int32) * room_for_counters(walk, BLOCK_C, GROUP, merging)
         if x.dtype == residual.dtype:
-            # The same code for both takes fewer registers.
-            if number >= half:
+            if is_second:
                 x = residual
-                partials = of_residual
             take_statistics(x, partials, walk, BY_GROUPS, WHOLE, tiling)
-        elif number < half:
-            take_statistics(x, partials, walk, BY_GROUPS, WHOLE, tiling)
+        elif is_second:
+            take_statistics(residual, partials, walk, BY_GROUPS, WHOLE, tiling)
         else:
-            take_statistics(residual, of_residual, walk, BY_GROUPS, WHOLE, tiling)
+            take_statistics(x, partials, walk, BY_GROUPS, WHOLE, tiling)
+    else:
+        take_statistics(x, partials, walk, BY_GROUPS, WHOLE, tiling)
 
-
-@triton.jit
-def _merge_statistics_kernel(
-    partials, stats,
-    running_mean, running_var, residual_running_mean, residual_running_var,
-    momentum, momentum_rest, residual_momentum, residual_momentum_rest,
-    M, C, programs, tile_blocks,
-    EPS: tl.constexpr, RESIDUAL_EPS: tl.constexpr, NORMS: tl.constexpr,
-    PLANE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """``merge_statistics`` for one norm, or for two in the halves of the grid."""
-    merging: tl.constexpr = Merging(PLANE, BLOCK_P, BLOCK_C, ACC)
-    # The programs of every channel block have the same counts: those of the first serve all.
-    counts = partials + 2 * programs * C * PLANE
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    channel_block = tl.program_id(0)
-    if channel_block < channel_blocks:
-        running = Running(running_mean, running_var, momentum, momentum_rest)
-        merge_statistics(partials, counts, stats, running, M, C, programs, channel_block, EPS, merging)
-    elif NORMS == 2:
-        room = room_for_partials(programs, C * PLANE, tile_blocks)
-        running = Running(residual_running_mean, residual_running_var, residual_momentum, residual_momentum_rest)
-        merge_statistics(
-            partials + room, counts + room, stats + 2 * C, running, M, C, programs,
-            channel_block - channel_blocks, RESIDUAL_EPS, merging,
-        )  # fmt: skip
+    first = Running(running_mean, running_var, momentum, momentum_rest)
+    second = Running(residual_running_mean, residual_running_var, residual_momentum, residual_momentum_rest)
+    M = tl.cast(G, tl.int64) * S * PLANE
+    begin, end = rounds_of(walk, BLOCK_C, GROUP, merging)
+    goes_on = begin < end
+    for number in range(begin, end):
+        if goes_on:
+            turn = round_of(counters, number, walk, BLOCK_C, GROUP, merging)
+            goes_on = is_last_to_arrive(turn.counter, turn.arrivals)
+            if goes_on:
+                channels = C // PLANE
+                c, c_inside = channels_of(turn.share, channels, SHARE)
+                # The programs of all blocks that have some of a share have the same counts.
+                counts = partials + 2 * walk.programs * C + walk.channel_block * walk.programs
+                total, mean, m2 = merge_statistics(partials, counts, turn.parts, walk, c, c_inside, merging)
+                if not is_final(number, merging):
+                    _keep_merged(partials, counts, turn.parts, walk, total, mean, m2, c, c_inside)
+                elif NORMS == 2 and is_second:
+                    publish_statistics(
+                        stats + 2 * channels, second, mean, m2, M, channels, c, c_inside, RESIDUAL_EPS
+                    )  # fmt: skip
+                else:
+                    publish_statistics(stats, first, mean, m2, M, channels, c, c_inside, EPS)
+            goes_on |= PLANE > 1
 
 
 def launch_statistics(call: Forward, stats: Tensor) -> None:
-    """Fills ``stats`` and updates the running statistics, in two launches."""
-    norm, second, g, acc = call.norm, call.second, call.g, call.acc
-    launch, options = tile_options("statistics", g, acc, call.x.device, call.norms)
-    partials = partial_statistics(call, launch)
+    """Fills ``stats`` and updates the running statistics, in one launch."""
+    norm, second, g, acc, device = call.norm, call.second, call.g, call.acc, call.x.device
+    launch, options = tile_options("statistics", g, acc, device, call.norms)
 
     def made() -> Made:
-        return Made(launch.grid, (g.groups, g.positions, g.columns), options)
-
-    def merge_made() -> Made:
-        merge = launch_table.merge(launch.programs * g.plane, g.channels)
-        constants = {
-            "EPS": norm.eps, "RESIDUAL_EPS": second.eps, "NORMS": call.norms, "PLANE": g.plane,
-            "BLOCK_P": merge.block_programs, "BLOCK_C": merge.block_channels, "ACC": options["ACC"],
-            "num_warps": merge.warps,
-        }  # fmt: skip
-        integers = g.values, g.channels, launch.programs, launch.channel_blocks
-        return Made((merge.channel_blocks * call.norms,), integers, constants)
+        numbers = {"EPS": norm.eps, "RESIDUAL_EPS": second.eps, "NORMS": call.norms}
+        return Made(launch.grid, (g.groups, g.positions, g.columns), numbers | options)
 
     residual = None if call.residual_norm is None else call.residual
-    call.plan.launch(_statistics_kernel, made, call.x, residual, partials)
     call.plan.launch(
-        _merge_statistics_kernel, merge_made, partials, stats, norm.running_mean, norm.running_var,
-        second.running_mean, second.running_var, *momentum_parts(norm), *momentum_parts(second),
+        _statistics_kernel, made, call.x, residual, partial_statistics(call, launch), stats,
+        counters_for(launch.merge, device),
+        norm.running_mean, norm.running_var, second.running_mean, second.running_var,
+        *momentum_parts(norm), *momentum_parts(second),
     )  # fmt: skip
 
 

@@ -28,10 +28,15 @@ def take_turn(counters, programs, slice_blocks, channel_blocks):
 
 
 @triton.jit
-def is_last_to_arrive(counters, channel_block, programs):
-    """Publishes this program's stores; true in the last of the block's programs, which then sees those of all."""
+def is_last_to_arrive(counter, arrivals):
+    """Publishes this program's stores; true in the last of so many to arrive, which then sees those of all.
+
+    It leaves the counter zero, as it was: nobody else comes back to it in this launch.
+    """
     tl.debug_barrier()
-    return tl.atomic_add(counters + 1 + channel_block, 1, sem="acq_rel") == programs - 1
+    is_last = tl.atomic_add(counter, 1, sem="acq_rel") == arrivals - 1
+    tl.store(counter, 0, mask=is_last)
+    return is_last
 
 
 @triton.jit

@@ -274,18 +274,6 @@ def channels_of(channel_block, C, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def locate_partials(first, c, c_inside, C, programs, PLANE: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Offsets of partial results of channels ``c`` from the ``first`` on, which exist, whose they are and whether.
-
-    Each program has one for every column of a channel.
-    """
-    entry = first + tl.arange(0, BLOCK_P)
-    inside = entry < programs * PLANE
-    at = (entry // PLANE * C * PLANE + entry % PLANE)[:, None] + c[None, :] * PLANE
-    return at, inside[:, None] & c_inside[None, :], entry // PLANE, inside
-
-
-@triton.jit
 def load_rstd(norm, column, c_inside, EPS: tl.constexpr, FROZEN: tl.constexpr, tiling: tl.constexpr):
     """rstd of a block of columns."""
     r = tl.load(norm.rstd + column // tiling.PLANE, mask=c_inside, other=1).to(tiling.ACC)

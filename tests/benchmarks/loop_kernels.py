@@ -43,8 +43,8 @@ def sum_pairs(x, y, sums, tiles, R: tl.constexpr, C: tl.constexpr):
 
 
 def read(launch):
-    code = machine_code.read_back(launch.kernel)
     accesses = machine_code.tile_accesses(launch.kernel.asm["ttir"])
+    code = machine_code.read_back(launch.kernel, accesses)
     step = machine_code.step_of(accesses, code)
     loop = code.loop
     return {

@@ -79,6 +79,25 @@ def test_the_inner_loop_is_the_innermost_that_loads_the_most() -> None:
     assert innermost(branches, loaded) is None
 
 
+def test_the_inner_loop_is_the_one_that_streams() -> None:
+    """Behind it another may load more, of partial results."""
+    loops = [("kernel.py", 70, [FIRST, USE]), ("kernel.py", 90, [FIRST, SECOND, USE, USE_SECOND])]
+    lines = [
+        line
+        for number, (file, at, body) in enumerate(loops)
+        for line in (
+            f".L_x_{number}:",
+            f'        //## File "{file}", line {at} inlined at "caller.py", line 3',
+            '        //## File "caller.py", line 3',
+            *(f"        /*0000*/      {each} ;" for each in (*body, f"@P0 BRA `(.L_x_{number})")),
+        )
+    ]
+    code = instructions("\n".join(lines))
+    assert {each.source for each in code} == {("kernel.py", 70), ("kernel.py", 90)}
+    assert inner_loop(code).loaded == 32
+    assert inner_loop(code, lambda source: source == ("kernel.py", 70)).loaded == 16
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [

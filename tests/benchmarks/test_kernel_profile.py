@@ -38,7 +38,7 @@ def test_summary_of_steps():
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("_merge_statistics_kernel", "resfused"),
+        ("_reduce_kernel", "resfused"),
         ("triton_red_fused__native_batch_norm_legit_functional_3", "Inductor"),
         ("void cudnn::bn_fw_tr_1C11_singleread_sm80<float>", "batch norm"),
         ("void at::native::batch_norm_collect_statistics_channels_last_kernel<c10::BFloat16>", "batch norm"),
@@ -66,8 +66,7 @@ def test_least_passes_are_those_that_are_counted(form):
         for phase in (node_passes.FORWARD, node_passes.BACKWARD):
             for launch in node_passes.count_node(form, phase, way, "channels_last", torch.bfloat16, shape):
                 name = launch.kernel.removeprefix("_").removesuffix("_kernel")
-                if not name.startswith("merge"):
-                    counted[name] = launch.activation
+                counted[name] = launch.activation
         assert counted == {kernel: p.activations + p.masks / 16 for kernel, p in least[form].items()}
 
 
@@ -86,7 +85,7 @@ def test_spans_of_interpreted_kernels(device):
     p = problem("norm+relu", (2, 8, 2, 2), torch.float32, "channels_last", device)
     found = spans(lambda: p.backward(p.forward(functional)), device)
     kernels = [kernel_profile.kernel_of(s.name) for s in found]
-    assert kernels == ["statistics", "merge_statistics", "normalise", "reduce", "merge_sums", "apply"]
+    assert kernels == ["statistics", "normalise", "reduce", "apply"]
     assert all(a.end <= b.start for a, b in pairwise(found))
 
 
@@ -100,7 +99,7 @@ def test_spans_of_a_gpu(device):
     work = lambda: p.backward(p.forward(functional))  # noqa: E731
     work()
     kernels = {kernel_profile.kernel_of(s.name) for s in spans(work, device)}
-    assert {"statistics", "merge_statistics", "normalise", "reduce", "merge_sums", "apply"} <= kernels
+    assert {"statistics", "normalise", "reduce", "apply"} <= kernels
 
 
 NCU = """==PROF== Connected to process 1
@@ -108,15 +107,14 @@ hello
 "ID","Process ID","Kernel Name","Device","dram__bytes_read.sum","dram__bytes_write.sum"
 "","","","","byte","byte"
 "0","1","_statistics_kernel(args)","0","1,024","16"
-"1","1","_merge_statistics_kernel","0","8","4"
-"2","1","_normalise_kernel","0","2048.0","1000"
+"1","1","_normalise_kernel","0","2048.0","1000"
 ==PROF== Disconnected from process 1
 """
 
 
 def test_output_of_ncu():
     assert list(counters.parse(NCU)) == [
-        ("_statistics_kernel", 1024, 16), ("_merge_statistics_kernel", 8, 4), ("_normalise_kernel", 2048, 1000),
+        ("_statistics_kernel", 1024, 16), ("_normalise_kernel", 2048, 1000),
     ]  # fmt: skip
     assert list(counters.parse("==ERROR== no permission\n")) == []
 
@@ -155,7 +153,7 @@ def test_counters_of_a_program(tmp_path, monkeypatch):
         with pytest.raises(counters.CountersError, match=message):
             counters.dram_bytes(["true"], 1)
     fake.write_text(f"#!{sys.executable}\nimport sys\nassert sys.argv[-2:] == ['program', 'x']\nprint({NCU!r})\n")
-    assert len(counters.dram_bytes(["program", "x"], 20)) == 3
+    assert len(counters.dram_bytes(["program", "x"], 20)) == 2
 
 
 @pytest.mark.interpreter

@@ -102,7 +102,7 @@ def traffic_tables():
 
 def audited():
     row = Row(
-        "sm_90", "merge_statistics", FORMS[2], "training backward", "bfloat16", "channels_last", (4096, 64, 256, 128),
+        "sm_90", "reduce", FORMS[2], "training backward", "bfloat16", "channels_last", (4096, 64, 256, 128),
         "", (65535, 32, 1), 8, 255, 16, 114688, 1234, {128: 12, 32: 4, 8: 2}, {128: 2, 16: 4}, 0, 0, 64, 128, 64,
         65536,
         Loop(
@@ -112,7 +112,7 @@ def audited():
     )  # fmt: skip
     return [
         replace(row, kernel=kernel, form=form, layout=layout, hash=f"{kernel} {form} {layout}")
-        for kernel, form, layout in product(("statistics", "merge_statistics", "normalise"), FORMS, LAYOUTS)
+        for kernel, form, layout in product(("statistics", "reduce", "normalise"), FORMS, LAYOUTS)
     ]
 
 

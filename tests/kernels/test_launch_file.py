@@ -137,7 +137,7 @@ def test_nodes_up_to_the_limit_take_one_launch(form: str, layout: str, device: t
     """Each direction by its own limit; the other layout's is not asked."""
     p = problem(form, (2, 8, 3, 3), torch.float32, device, layout=layout)
     g = layout == "channels_last"
-    for forward, backward, counts in ((144, 143, 4), (143, 144, 4), (None, None, 2), (0, 0, 6), (143, 143, 6)):
+    for forward, backward, counts in ((144, 143, 3), (143, 144, 3), (None, None, 2), (0, 0, 4), (143, 143, 4)):
         limits = {("forward", g): forward, ("backward", g): backward, ("forward", not g): 0, ("backward", not g): None}
         with launch_table.using(ONE_LAUNCH_ELEMENTS=limits), record(execute=False) as launches:
             run(fused, p)

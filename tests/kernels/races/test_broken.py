@@ -7,9 +7,9 @@ from types import FunctionType
 
 import interleaved_cases
 import pytest
-from broken_protocols import BROKEN
+from broken_protocols import BROKEN, MERGES, ONE_LAUNCH, TICKETS
 from faults import CHANGE, Fault
-from interleaved_cases import SCHEDULES, node, two_phases
+from interleaved_cases import BY_COLUMNS, SCHEDULES, SHAPES_IN_GROUPS, kept_zeros, node, two_phases
 from interleaving import interleaved
 from oracle import run
 from resfused.kernels.gpu import launch_table
@@ -21,8 +21,8 @@ import resfused.functional as fused
 pytestmark = pytest.mark.interpreter
 PACKAGE = "resfused.kernels.gpu"
 CASES = [
-    pytest.param(kind, Fault(name, file, CHANGE.sub(r"\1", code), CHANGE.sub(r"\2", code), ""), id=name)
-    for file, kinds in BROKEN.items()
+    pytest.param(kind, what, Fault(name, file, CHANGE.sub(r"\1", code), CHANGE.sub(r"\2", code), ""), id=name)
+    for (file, what), kinds in BROKEN.items()
     for kind, codes in kinds.items()
     for name, code in codes.items()
 ]
@@ -50,16 +50,29 @@ def put_in(monkeypatch, tmp_path):
     return put
 
 
-@pytest.mark.parametrize(("kind", "fault"), CASES)
-def test_found(kind, fault, put_in, small_launches):
+def _launches(what):
+    """A call that launches ``what`` the protocol is about."""
+    if what == TICKETS:
+        return lambda: two_phases(3, 2, 3)
+    if what == ONE_LAUNCH:
+        p = node("norm+relu", "channels_last")
+    else:
+        p = node("norm+relu", "channels_last" if what == MERGES else BY_COLUMNS, SHAPES_IN_GROUPS)
+    return lambda: run(fused, p)
+
+
+@pytest.mark.parametrize(("kind", "what", "fault"), CASES)
+def test_found(kind, what, fault, put_in, small_launches):
     put_in(fault)
-    p = node("norm+relu", "channels_last")
+    launch = _launches(what)
+    nodes = launch_table.EVERY_NODE if what == ONE_LAUNCH else launch_table.NO_NODE
     found = set()
-    with launch_table.using(ONE_LAUNCH_ELEMENTS=launch_table.EVERY_NODE):
+    with launch_table.using(ONE_LAUNCH_ELEMENTS=nodes), kept_zeros():
+        # Every schedule finds the counters as the one before has left them.
         for schedule in reversed(SCHEDULES):
             with interleaved(schedule) as log:
                 try:
-                    two_phases(3, 2, 3) if fault.file == "tickets.py" else run(fused, p)
+                    launch()
                 except DeadlockError:
                     found.add("deadlock")
                 except IndexError:
