@@ -4,7 +4,7 @@ NATIVE = "test_native.py::test_values_of_many_elements"
 NATIVE_PAST = "test_native.py::test_stores_past_the_caches"
 NATIVE_THREADS = "test_native.py::test_same_bits_whatever_the_threads"
 ACTIVATIONS = "test_native_activations.py::test_values_of_many_elements"
-KINKS = "test_native_oracle.py::test_kinks_nan_and_infinity"
+KINKS = "test_native_oracle.py -k kinks_nan"
 SMOOTH = "test_native_activations.py::test_smooth_to_a_few_roundings"
 
 # fmt: off
@@ -16,7 +16,7 @@ IN_CPP: dict[tuple[str, str], dict[str, str]] = {
         "C++: a hardswish with a gradient below its kink": "return «keep(passes(z + all(A(3))), →(»select("},
     ("smooth.cpp", KINKS): {
         "C++: infinite square times zero": "fma(«lesser(all(A(1e9)), z * z)→z * z», all("},
-    ("gradient_loops.h", "test_native_oracle.py::test_sums_end_where_the_activation_ends"): {
+    ("gradient_loops.h", "test_native_oracle.py -k sums_end"): {
         "C++: gradient of what is outside": "dz = «only(some, dz)→dz»;"},
     ("any.h", ACTIVATIONS): {
         "C++: an identity with a slope": "return «name_ != kIdentity→true»;"},
