@@ -3,7 +3,7 @@
 KINK = "test_accuracy.py::test_no_gradient_at_exact_zero"
 NAN = "test_accuracy.py::test_nan_and_inf_stand_where_eager_has_them"
 POINTS = "test_activations.py::test_kinks_nan_and_infinity"
-VALUES = "test_activations.py::test_values"
+VALUES = "test_activations.py::test_values_of_activations"
 CHANGED = "test_plans.py -k changed"
 
 # fmt: off

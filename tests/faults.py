@@ -56,7 +56,7 @@ class Fault(NamedTuple):
 
 FAULTS = tuple(
     Fault(name, file, CHANGE.sub(r"\1", code), CHANGE.sub(r"\2", code), tests)
-    for (file, tests), faults in (BY_FILE_AND_TESTS | ACTIVATION_FAULTS | IN_CPP).items()
+    for (file, tests), faults in (*BY_FILE_AND_TESTS.items(), *ACTIVATION_FAULTS.items(), *IN_CPP.items())
     for name, code in faults.items()
 )
 

@@ -3,8 +3,8 @@
 NATIVE = "test_native.py::test_values_of_many_elements"
 NATIVE_PAST = "test_native.py::test_stores_past_the_caches"
 NATIVE_THREADS = "test_native.py::test_same_bits_whatever_the_threads"
-ACTIVATIONS = "test_native_activations.py::test_values_and_gradients"
-KINKS = "test_native_activations.py::test_kinks_and_no_numbers"
+ACTIVATIONS = "test_native_activations.py::test_values_of_many_elements"
+KINKS = "test_native_oracle.py -k kinks_nan"
 SMOOTH = "test_native_activations.py::test_smooth_to_a_few_roundings"
 
 # fmt: off
@@ -14,9 +14,13 @@ IN_CPP: dict[tuple[str, str], dict[str, str]] = {
             "case kRelu6: return «both(passes(z), passes(all(A(6)) - z))→passes(z)»",
         "C++: a relu6 whose gradient is multiplied": "case kRelu6: return «keep(on, dy)→dy * keep(on, all(A(1)))»",
         "C++: a hardswish with a gradient below its kink": "return «keep(passes(z + all(A(3))), →(»select("},
+    ("smooth.cpp", KINKS): {
+        "C++: infinite square times zero": "fma(«lesser(all(A(1e9)), z * z)→z * z», all("},
+    ("gradient_loops.h", "test_native_oracle.py -k sums_end"): {
+        "C++: gradient of what is outside": "dz = «only(some, dz)→dz»;"},
     ("any.h", ACTIVATIONS): {
         "C++: an identity with a slope": "return «name_ != kIdentity→true»;"},
-    ("backward.cpp", "test_native_activations.py::test_phases_alone"): {
+    ("backward.cpp", "test_native_oracle.py -k 'test_values_of_activations and phases'"): {
         "C++: a sum with an input that was not kept": "[c] = «is_kept ? →»static_cast<A>(sums[row])« : A(0)→»;"},
     ("backward.cpp", NATIVE): {
         "C++: the sign of a slope": "static_cast<A>(«-→»scale * rstd(i, c) * mean_dz_x)"},

@@ -4,12 +4,14 @@
 """
 
 import sys
+from dataclasses import replace
 from itertools import product
 
 import torch
-from activation_cases import EAGER, INFINITE, WANTED, assert_accurate, check, check_points, spread
+from activation_cases import EVERY, WANTED, check, check_points, clear_of_kinks, exists, hardsigmoid, ours
 from oracle import FORMS, LAYOUTS, assert_close, problem, run
 from resfused.kernels.cpu import build, functions
+from smooth_digits import assert_accurate
 from test_native import forked_gradients, with_clear_signs
 
 import resfused
@@ -45,13 +47,15 @@ for shape in SHAPES:
                 p.__dict__["dy"] = p.dy.to(y)
                 assert_close(run(functional, p), run(reference, p, torch.float64), tolerance)
                 forked_gradients(p)
-for number, (name, form) in enumerate(product(EAGER, FORMS)):
-    dtype = list(TOLERANCE)[number % 4]
-    p = problem(
-        form, SHAPES[number % 7], dtype, torch.device("cpu"), training=number % 5 < 3, layout=LAYOUTS[number // 3 % 2]
-    )
-    check(spread(p, name, 1e-4), name, list(WANTED.values())[number % 6], number % 5 == 0, TOLERANCE[dtype])
-    if name != "relu":
-        check_points(name, dtype, (1.0, -2.0, INFINITE)[number % 3], False, number % 2 == 0)
+reference._FUNCTIONS["hardsigmoid"] = hardsigmoid
+wanted = [each for name, each in WANTED.items() if exists(FORMS[2], name)]
+for number, (activation, form) in enumerate(product(EVERY, FORMS)):
+    dtype, layout = list(TOLERANCE)[number % 4], LAYOUTS[number // 3 % 2]
+    p = problem(form, SHAPES[number % 7], dtype, torch.device("cpu"), training=number % 5 < 3, layout=layout)
+    p = replace(p, activation=activation, wanted=("bias", *wanted[number % len(wanted)]))
+    check(clear_of_kinks(p), ours(p, forked=number % 5 == 0))
+for activation, dtype in product(EVERY, (torch.float32, torch.float64)):
+    if activation.name != "relu":
+        check_points(activation, dtype, float("inf"), False, FORMS[0], torch.device("cpu"))
 assert_accurate()
 print("whole")

@@ -9,6 +9,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "operator"))
 
 from test_accuracy import *  # noqa: F403
+from test_activations import *  # noqa: F403
+from test_activations import _exact_oracle  # noqa: F401
 from test_functional import *  # noqa: F403
 from test_gradients import *  # noqa: F403
 from test_memory import *  # noqa: F403

@@ -131,10 +131,12 @@ class GradientLoops {
       Pack<A> z = norms.affine(0, centred, i);
       if constexpr (NORMS == 2) {
         z = z + norms.affine(1, residual_centred, i);
-      } else if constexpr (Activated::kReadsResidual) {
+      } else if constexpr (Activated::kSmooth) {
         if (in.residual) z = z + in.residual.load(row + i, some);
       }
       dz = activation_.gradient_at(z, dz);
+      // Beyond the last element x is 0, of which z may be infinite, and its derivative no number.
+      if constexpr (Activated::kSmooth) dz = only(some, dz);
     }
     return {centred, residual_centred, dz};
   }

@@ -15,7 +15,7 @@ class Any {
   using Lanes = typename Pack<A>::Lanes;
 
  public:
-  static constexpr bool kReadsResidual = true;
+  static constexpr bool kSmooth = true;
 
   explicit Any(const Function& f) : name_(f.name), negative_slope_(static_cast<A>(f.negative_slope)) {}
   // Whether the gradient is not dy as it comes.

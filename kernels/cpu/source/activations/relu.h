@@ -11,8 +11,8 @@ class Relu {
   using Lanes = typename Pack<A>::Lanes;
 
  public:
-  // Whether a residual without a norm may be read again for the derivative.
-  static constexpr bool kReadsResidual = false;
+  // Whether a derivative may have any value, also none, and is made of a residual without a norm too.
+  static constexpr bool kSmooth = false;
 
   explicit Relu(const Function&) {}
   bool has_slope() const { return true; }

@@ -76,11 +76,12 @@ Normal<double> normal(Pack<double> z) {
           each_lane(z, [](double v) { return kDensity * std::exp(-0.5 * v * v); })};
 }
 
-// gelu's tanh form is z sigmoid(2u), u = √(2/π) (z + 0.044715 z³).
+// gelu's tanh form is z sigmoid(2u), u = √(2/π) (z + 0.044715 z³). A square that is 1e9 or more makes no difference, and
+// where it were infinite the derivative, 0 times it, would be no number.
 constexpr double kTwice = 1.5957691216057308, kCubic = 0.044715;  // 2 √(2/π)
 template <class A>
-INLINE Logistic<A> logistic_of_cubic(Pack<A> z) {
-  return logistic(z * fma(z * z, all(A(kTwice * kCubic)), all(A(kTwice))));
+INLINE Pack<A> of_square(Pack<A> z, double cubic) {
+  return fma(lesser(all(A(1e9)), z * z), all(A(kTwice * cubic)), all(A(kTwice)));
 }
 
 template <class A>
@@ -88,7 +89,7 @@ INLINE Pack<A> value_of(int64_t name, Pack<A> z) {
   switch (name) {
     case kSigmoid: return logistic(z).value;
     case kSilu: return z * logistic(z).value;
-    case kGeluTanh: return z * logistic_of_cubic(z).value;
+    case kGeluTanh: return z * logistic(z * of_square(z, kCubic)).value;
     default: return z * normal(z).below;
   }
 }
@@ -105,9 +106,8 @@ INLINE Pack<A> slope_of(int64_t name, Pack<A> z) {
       return s.value * fma(z, s.rest, all(A(1)));
     }
     case kGeluTanh: {
-      const Logistic<A> s = logistic_of_cubic(z);
-      const Pack<A> inner = fma(z * z, all(A(3 * kTwice * kCubic)), all(A(kTwice)));
-      return fma(s.value * s.rest * z, inner, s.value);
+      const Logistic<A> s = logistic(z * of_square(z, kCubic));
+      return fma(s.value * s.rest * z, of_square(z, 3 * kCubic), s.value);
     }
     default: {
       const Normal<A> of = normal(z);
