@@ -3,29 +3,30 @@
 ``saved_tensors_hooks`` show every tensor that a node of the graph keeps for its backward. Where that is the output y of
 a fused node, and what y was made of is kept anyway, the one who wants to keep it is given a handle in its place, and y
 is freed as soon as the forward is done with it. The first in the backward to want it makes it again, by the last phase
-of the forward alone; the others find it there.
+of the forward alone; the others find it there. A concatenation is made again of its parts, of which each is kept once,
+in however many concatenations it is.
 """
 
 from __future__ import annotations
 
 import weakref
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .operator import FusedResidualBlock, SynchronisedResidualBlock
 from .operator.last_phase import LastPhase
 
-_NODES = (FusedResidualBlock, SynchronisedResidualBlock)
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
-def recomputing() -> AbstractContextManager[Any]:
-    """In it the outputs that were ``offer``-ed are not kept.
+def recomputing() -> AbstractContextManager[None]:
+    """In it the outputs that are offered are not kept.
 
     Nothing where other hooks are in force, those of a checkpoint or of ``save_on_cpu``, which decide then what is kept;
     under torch.compile, whose partitioner decides it; and in torch.func, which allows no hooks.
@@ -34,29 +35,113 @@ def recomputing() -> AbstractContextManager[Any]:
         return _NOTHING
     if _hooks() is not None or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return _NOTHING
-    for key in [key for key, each in list(_offers.items()) if each.storage.expired()]:
-        _offers.pop(key, None)
-    return saved_tensors_hooks(_pack, _unpack)
+    return _recomputing()
 
 
 def offer(y: Tensor, input: Tensor, residual: Tensor | None) -> None:
-    """Lets ``y``, which a fused node has just made of the others, be made again, where these are kept anyway."""
-    hooks = None if torch.compiler.is_compiling() else _hooks()
-    if hooks is None or hooks[0] is not _pack:
+    """Lets ``y``, which a fused node has just made of the others, be made again, where these are to be had anyway."""
+    forward = _forward()
+    if forward is None:
         return
-    node: Any = y.grad_fn
-    kind: Any = getattr(type(node), "_forward_cls", None)
-    if kind not in _NODES:
+    phase = getattr(y.grad_fn, "last_phase", None)
+    if not isinstance(phase, LastPhase):
         return
-    sources = [source for t in (input, residual) if t is not None and (source := _keeper(t)) is not None]
-    phase = kind.last_phase(node) if len(sources) == (1 if residual is None else 2) else None
-    if phase is not None:
-        _offers[_key(y)] = _Offer(y, sources, phase)
+    # A shortcut that is made again itself would be a chain as long as the stage.
+    sources = [forward.made_again(input) or forward.keeper(input)]
+    if residual is not None:
+        sources.append(forward.keeper(residual))
+    if None not in sources:
+        forward.add(y, sources, phase.apart().run)
+
+
+def offer_concatenation(y: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> None:
+    """Lets ``y``, which torch.cat has just made of ``tensors``, be made again. They are kept instead, each once."""
+    forward = _forward()
+    if forward is None or not all(map(_has_storage, (y, *tensors))):
+        return
+    sources = [forward.made_again(t) or forward.keeper(t) or forward.keep_whole(t) for t in tensors]
+    if None not in sources:
+        forward.add(y, sources, partial(_cat, dim))
 
 
 def _hooks() -> Any:
     """The pair in force, if any."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _forward() -> _Forward | None:
+    """The forward whose hooks are in force."""
+    hooks = None if torch.compiler.is_compiling() else _hooks()
+    forward = None if hooks is None else getattr(hooks[0], "__self__", None)
+    return forward if isinstance(forward, _Forward) else None
+
+
+@contextmanager
+def _recomputing() -> Iterator[None]:
+    forward = _Forward()
+    try:
+        with saved_tensors_hooks(forward.pack, _unpack):
+            yield
+    finally:
+        # The hooks live as long as the graph.
+        forward.outputs.clear()
+
+
+class _Source(Protocol):
+    """What an output is made of."""
+
+    def check(self) -> None:
+        """Raises: RuntimeError where it has been changed in place."""
+
+    def unpack(self) -> Tensor: ...
+
+
+class _Forward:
+    """What one forward has kept, and what it has made that can be made again: by storage."""
+
+    def __init__(self) -> None:
+        self.kept: weakref.WeakValueDictionary[int, _Whole] = weakref.WeakValueDictionary()
+        self.outputs: dict[int, _Output] = {}
+
+    def pack(self, t: Tensor) -> _Whole | _Handle:
+        if not _has_storage(t):
+            return _Whole(t)
+        return self.made_again(t) or self.keep(t)
+
+    def keep(self, t: Tensor) -> _Whole:
+        whole = self.kept[_key(t)] = _Whole(t)
+        return whole
+
+    def keep_whole(self, t: Tensor) -> _Whole | None:
+        """None for a part of something larger, all of which would be kept."""
+        return self.keep(t) if t.untyped_storage().nbytes() == t.nbytes else None
+
+    def keeper(self, t: Tensor) -> _Whole | None:
+        """Whose copy of ``t`` is alive for a backward anyway."""
+        found = self.kept.get(_key(t))
+        return found if found is not None and found.tensor.is_set_to(t) else None
+
+    def made_again(self, t: Tensor) -> _Handle | None:
+        """In place of an output or a view of one, if it has not been changed."""
+        output = self.outputs.get(_key(t))
+        return _Handle(output, t) if output is not None and output.gives(t) else None
+
+    def add(self, y: Tensor, sources: list[Any], function: Callable[..., Tensor]) -> None:
+        """``y`` is what the function makes of the sources."""
+        self.outputs[_key(y)] = _Output(y, sources, function)
+
+
+def _cat(dim: int, *tensors: Tensor) -> Tensor:
+    return torch.cat(tensors, dim)
+
+
+def _has_storage(t: Tensor) -> bool:
+    """And is no parameter, which is no activation."""
+    return type(t) is Tensor and t.layout is torch.strided
+
+
+def _key(t: Tensor) -> int:
+    return t.untyped_storage()._cdata
 
 
 class _Whole:
@@ -69,78 +154,52 @@ class _Whole:
         self.tensor = tensor.detach() if tensor.requires_grad else tensor
         self.version = tensor._version
 
-    def unpack(self) -> Tensor:
+    def check(self) -> None:
         if self.tensor._version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"[{self.tensor.type()} {list(self.tensor.shape)}] is at version {self.tensor._version}; "
                 f"expected version {self.version} instead"
             )
+
+    def unpack(self) -> Tensor:
+        self.check()
         return self.tensor
 
 
-_kept: weakref.WeakValueDictionary[int, _Whole] = weakref.WeakValueDictionary()
-"""By the storage, which is alive as long as the value is."""
-
-
-def _key(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
-
-
-def _keeper(t: Tensor) -> _Whole | None:
-    """Whose copy of ``t`` is alive for a backward anyway."""
-    found = _kept.get(_key(t))
-    return found if found is not None and found.tensor.is_set_to(t) else None
-
-
-class _Offer:
-    """How an output can be made again, until somebody wants to keep it. It keeps no activation alive."""
-
-    def __init__(self, y: Tensor, sources: list[_Whole], phase: LastPhase):
-        self.storage = StorageWeakRef(y.untyped_storage())
-        self.dtype = y.dtype
-        self.version = y._version
-        self.sources = [weakref.ref(source) for source in sources]
-        self.phase = phase
-        self.taken: Any = None
-
-    def take(self, y: Tensor) -> _Output | None:
-        """For ``y`` or a view of it; None where it has changed since, or is not to be had any more."""
-        if y._version != self.version or y.dtype is not self.dtype:
-            return None
-        output = None if self.taken is None else self.taken()
-        if output is None:
-            sources = [found for source in self.sources if (found := source()) is not None]
-            if len(sources) < len(self.sources):
-                return None
-            output = _Output(y, sources, self.phase)
-            self.taken = weakref.ref(output)
-        return output
-
-
-_offers: dict[int, _Offer] = {}
-"""By the storage, whose number is no other's while the offer has a weak reference."""
-
-
 class _Output:
-    """What one output is made of, for the handles in its place."""
+    """How one output is made again, for the handles in its place."""
 
-    def __init__(self, y: Tensor, sources: list[_Whole], phase: LastPhase):
+    def __init__(self, y: Tensor, sources: list[_Source], function: Callable[..., Tensor]):
+        # While there is a weak reference no other storage has its number.
+        self.storage = StorageWeakRef(y.untyped_storage())
+        self.dtype, self.device = y.dtype, y.device
         self.sources = sources
-        self.phase = phase
+        self.function = function
         self.handles: weakref.WeakSet[_Handle] = weakref.WeakSet()
         # It has no memory, and counts the changes of y.
         witness = y.detach()
         witness.data = y.new_empty(0)
         self.witness = _Whole(witness)
 
-    def inputs(self) -> list[Tensor]:
-        self.witness.unpack()
-        return [source.unpack() for source in self.sources]
+    def gives(self, t: Tensor) -> bool:
+        return t._version == self.witness.version and t.dtype is self.dtype
+
+    def check(self) -> None:
+        self.witness.check()
+        for source in self.sources:
+            source.check()
+
+    def make(self, stream: Any) -> Tensor:
+        sources = [source.unpack() for source in self.sources]
+        if stream is not None:
+            for t in sources:
+                t.record_stream(stream)
+        return self.function(*sources)
 
 
 class _Handle:
-    """What one node keeps instead of an output or a view of it."""
+    """What is kept instead of an output or a view of it."""
 
     def __init__(self, output: _Output, t: Tensor):
         self.output = output
@@ -149,32 +208,20 @@ class _Handle:
         """Where another has made it, and on which stream."""
         output.handles.add(self)
 
+    def check(self) -> None:
+        self.output.check()
+
     def unpack(self) -> Tensor:
-        inputs = self.output.inputs()
-        stream = torch.cuda.current_stream(inputs[0].device) if inputs[0].is_cuda else None
+        self.check()
+        device = self.output.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         made, self.made = self.made, None
         if made is None or made[1] != stream:
-            made = self.output.phase.run(*inputs), stream
-            if stream is not None:
-                for t in inputs:
-                    t.record_stream(stream)
+            made = self.output.make(stream), stream
             for handle in self.output.handles:
                 if handle is not self:
                     handle.made = made
         return made[0].as_strided(*self.place)
-
-
-def _pack(t: Tensor) -> _Whole | _Handle:
-    # Parameters are no activations, and a subclass may have no storage.
-    if type(t) is not Tensor or t.layout is not torch.strided:
-        return _Whole(t)
-    key = _key(t)
-    found = _offers.get(key)
-    output = None if found is None else found.take(t)
-    if output is not None:
-        return _Handle(output, t)
-    whole = _kept[key] = _Whole(t)
-    return whole
 
 
 def _unpack(kept: _Whole | _Handle) -> Tensor:

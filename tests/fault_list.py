@@ -390,24 +390,24 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("sites.py", "test_fuse_zoo.py::test_a_dropout_that_drops_is_left_in_training"): {
         "what a dropout drops not noted": "in skipped:\n            «self._take_for_granted(str(node.target))→pass»"},
     ("drafting.py", "test_fuse_zoo.py::test_no_forward_is_replaced_where_nothing_is_fused"): {
-        "forward replaced in vain": "for draft in ordered if draft.sites or «draft.hands_on→True»"},
+        "forward replaced in vain": "return bool(self.sites) or «self.hands_on→True»"},
     ("recomputation.py", f"{RECOMPUTATION}::test_a_step"): {
         "made with another's statistics":
-            "self.phase = «phase→next((e.phase for e in _offers.values()), phase)»\n        self.taken",
+            "_Output(y, sources, «function→next((o.function for o in self.outputs.values()), function)»)",
         "made without the shortcut that nobody keeps":
-            "len(sources) == («1 if residual is None else 2→len(sources)»)"},
+            "keeper(residual))\n    «→sources = [s for s in sources if s]\n    »if None"},
     ("recomputation.py", f"{RECOMPUTATION} -k shared"): {
         "freed by the first of its users": "handle.made = «made→None»",
         "not freed by its last user": "made, self.made = self.made, «None→self.made»"},
     ("recomputation.py", f"{RECOMPUTATION} -k head"): {
         "sources freed with the graph of another":
-            "self.sources = «sources→[weakref.proxy(s) for s in sources]»\n        self.phase = phase\n        self.h"},
+            "self.sources = «sources→[weakref.proxy(s) for s in sources]»"},
     ("last_phase.py", f"{RECOMPUTATION} -k head"): {
         "parameters that an optimizer changes": "t.detach()«.clone()→»"},
     ("recomputation.py", f"{RECOMPUTATION} -k in_place"): {
         "change in place not seen": "if «self.tensor._version != self.version→False»",
-        "change of the output not seen": "«self.witness.unpack()→pass»",
-        "output made again that was changed": "«y._version != self.version or →»"},
+        "change of the output not seen": "«self.witness.check()→pass»",
+        "output made again that was changed": "return «t._version == self.witness.version and →»"},
     ("recomputation.py", f"{RECOMPUTATION} -k views"): {
         "view taken for the whole": "return made[0]«.as_strided(*self.place)→»"},
     ("recomputation.py", f"{RECOMPUTATION} -k hooks_of_others"): {
@@ -415,6 +415,10 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("drafting.py", f"{RECOMPUTATION}::test_a_step"): {
         "batches of a recomputed place counted twice":
             "with graph.inserting_after(site.output):\n        «→graph.node_copy(call)\n        »graph"},
+    ("drafting.py", f"{RECOMPUTATION} -k test_concatenations"): {
+        "concatenations kept": "for node in «self.concatenations if recomputed else→»"},
+    ("recomputation.py", f"{RECOMPUTATION} -k test_concatenations"): {
+        "parts of a concatenation that nobody keeps": " or «forward.keep_whole(t)→None»"},
     ("planning.py", f"{RECOMPUTATION} -k cannot_be_traced"): {
         "the model's own call not seen":
             "«forwards.append(FusedForward(self.model, {}, (), *self._paths(self.model)))→pass»"},

@@ -7,10 +7,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from ..norms import is_norm, is_watched
-from ..recomputation import offer
+from ..recomputation import offer, offer_concatenation
 from .fused_forward import Kind, Plan
 from .matching.effects import is_fresh
 from .matching.nodes import is_called_once, result_of, uses
@@ -18,6 +19,8 @@ from .matching.sites import Matcher, Site
 from .reading.signature import Call, call_of, plain_call
 from .reading.tracing import Container, Read, UntraceableError
 from .traces import Traces
+
+_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 
 
 @dataclass
@@ -36,13 +39,24 @@ class Draft:
     hands_on: bool = False
 
     @property
+    def concatenations(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.target in _CONCATENATIONS and {*n.kwargs} <= {"tensors", "dim"}]
+
+    @property
     def depends_on_mode(self) -> bool:
         return any(name == "training" for _, name in self.reads)
+
+    def differs(self, recomputed: Collection[str]) -> bool:
+        """Whether its code is another than the module's own."""
+        return bool(self.sites) or self.hands_on or (bool(recomputed) and bool(self.concatenations))
 
     def plan(self, recomputed: Collection[str]) -> Plan:
         for site in self.sites:
             if all(path in recomputed for path in site.norms):
                 _offer_output(self.graph, site)
+        for node in self.concatenations if recomputed else ():
+            with self.graph.inserting_after(node):
+                self.graph.call_function(offer_concatenation, (node, *node.args), node.kwargs)
         code = self.graph.python_code("self")
         return Plan(
             code.src, code.globals, self.takes_pair or self.gives_pair, self.takes_pair,
@@ -60,7 +74,7 @@ def plans(drafts: list[Draft], recomputed: Collection[str] = ()) -> tuple[Plan, 
         drafts = drafts[:1]
     # What asks for the mode before what holds in both.
     ordered = sorted(drafts, key=lambda draft: not draft.depends_on_mode)
-    return tuple(draft.plan(recomputed) for draft in ordered if draft.sites or draft.hands_on)
+    return tuple(draft.plan(recomputed) for draft in ordered if draft.differs(recomputed))
 
 
 class Drafter:

@@ -14,7 +14,7 @@ from ..kernels.call import Gradients, Kept, Norm, to_keep
 from ..kernels.geometry import with_strides
 from ..reference import activate, takes_first_slope
 from . import direct, traced
-from .last_phase import LastPhase, apart
+from .last_phase import LastPhase
 from .packed import NO_RUNNING, Numbers, norms_of, wanted_of
 
 
@@ -58,14 +58,10 @@ class FusedResidualBlock(torch.autograd.Function):
             input if keep.x else None, residual if keep.residual else None, mask, stats,
             *parameters, *(NO_RUNNING if training else running),
         )  # fmt: skip
+        if not torch.compiler.is_compiling():
+            ctx.last_phase = LastPhase(stats, *norms, activation)
         ctx.set_materialize_grads(False)
         return (y, y.detach()) if forked else y
-
-    @staticmethod
-    def last_phase(ctx: Any) -> LastPhase:
-        """What makes the output again, of ``input`` and ``residual``."""
-        _, _, _, stats, *vectors = ctx.saved_tensors
-        return apart(stats, *norms_of(vectors[:4], vectors[4:], ctx.numbers), ctx.activation)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dy_fork: Tensor | None = None) -> tuple[Tensor | None, ...]:

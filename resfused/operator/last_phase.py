@@ -28,11 +28,12 @@ class LastPhase(NamedTuple):
             return run.forward(x, residual, *rest, training=False, masked=False)[0]
         return run.normalise(x, residual, stats, *rest, masked=False)[0]
 
+    def apart(self) -> LastPhase:
+        """With vectors of its own: before a late backward an optimizer changes parameters, or FSDP frees them."""
+        stats, norm, residual_norm, activation = self
+        second = None if residual_norm is None else self._copied(residual_norm)
+        return LastPhase(stats, self._copied(norm), second, activation)
 
-def apart(stats: Tensor | None, norm: Norm, residual_norm: Norm | None, activation: Activation) -> LastPhase:
-    """With vectors of its own: an optimizer's step, or FSDP, which frees parameters, comes before a late backward."""
-    return LastPhase(stats, _copied(norm), None if residual_norm is None else _copied(residual_norm), activation)
-
-
-def _copied(norm: Norm) -> Norm:
-    return Norm(*(None if t is None else t.detach().clone() for t in norm[:4]), norm.momentum, norm.eps)
+    def _copied(self, norm: Norm) -> Norm:
+        vectors = norm[:4] if self.stats is None else (*norm[:2], None, None)
+        return Norm(*(None if t is None else t.detach().clone() for t in vectors), norm.momentum, norm.eps)

@@ -14,7 +14,7 @@ from ..kernels.call import Norm, to_keep
 from ..kernels.geometry import with_strides
 from . import ops, phases
 from .function import passes_on
-from .last_phase import LastPhase, apart
+from .last_phase import LastPhase
 from .packed import Affine, Numbers, arguments, norms_of, wanted_of, where_wanted
 
 # The newer name of the same collective; the older one is deprecated where there are both.
@@ -88,17 +88,10 @@ class SynchronisedResidualBlock(torch.autograd.Function):
             input if keep.x else None, residual if keep.residual else None, mask, stats, total, weight, bias,
             *residual_affine,
         )  # fmt: skip
+        if ctx.backend != "torch" and not torch.compiler.is_compiling():
+            ctx.last_phase = LastPhase(stats, *affine.norms(), affine.follows)
         ctx.set_materialize_grads(False)
         return (y, y.detach()) if forked else y
-
-    @staticmethod
-    def last_phase(ctx: Any) -> LastPhase | None:
-        """As that of ``FusedResidualBlock``; None where PyTorch's operators run."""
-        if ctx.backend == "torch":
-            return None
-        _, _, _, stats, _, weight, bias, *residual_affine = ctx.saved_tensors
-        affine = Affine(weight, bias, ctx.norm_residual, *residual_affine, *ctx.follows)
-        return apart(stats, *affine.norms(), affine.follows)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dy_fork: Tensor | None = None) -> tuple[Tensor | None, ...]:

@@ -162,6 +162,78 @@ class Shared(Parts):
         return torch.cat([head(y) for head in self.heads], 1)
 
 
+class DenseLayer(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.norm, self.relu = nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(channels, 3, 3, padding=1, bias=False)
+
+    def forward(self, features):
+        return self.conv(self.relu(self.norm(torch.cat(features, 1))))
+
+
+class Dense(nn.Module):
+    """Each of its layers reads what all before it have made; so does the last convolution."""
+
+    def __init__(self, layers=4):
+        super().__init__()
+        self.layers = nn.ModuleList(DenseLayer(CHANNELS + 3 * i) for i in range(layers))
+        self.last = nn.Conv2d(CHANNELS + 3 * layers, 2, 1)
+
+    def forward(self, x):
+        features = [x]
+        for layer in self.layers:
+            features.append(layer(features))
+        return self.last(torch.cat(tensors=features, dim=1))
+
+
+class Branches(Parts):
+    """A concatenation of two outputs, for two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Conv2d(2 * CHANNELS, 2, 1) for _ in range(2))
+
+    def forward(self, x):
+        y = torch.cat([self.relu(self.a(x)), self.relu(self.b(x))], 1)
+        return self.heads[0](y) * self.heads[1](y)
+
+
+@pytest.mark.parametrize(("network", "outputs", "concatenations"), [(Dense, 4, 5), (Branches, 2, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_concatenations(network, outputs, concatenations, layout, device):
+    """Of their parts, each kept once; none of them nor of what is made of them is, and each is made once."""
+    model, eager = both(network(), device)
+    x = activations(device).contiguous(memory_format=layout)
+    made, cat = [], torch.cat
+
+    def noted(*arguments, **named):
+        y = cat(*arguments, **named)
+        made.append(StorageWeakRef(y.untyped_storage()))
+        return y
+
+    with seen() as found, mock.patch.object(torch, "cat", noted):
+        y = model(x)
+        assert (len(found.outputs), found.alive) == (outputs, 0)
+        assert [storage.expired() for storage in made] == [True] * concatenations
+        backward(y)
+        assert len(found.made) == outputs
+        assert [storage.expired() for storage in made] == [True] * 2 * concatenations
+    backward(eager(x))
+    assert_close(state(model), state(eager), 1e-9)
+
+
+def test_a_part_of_a_concatenation_that_is_changed_in_place(device):
+    """Of what is kept as it is PyTorch would not know, as its own concatenation is a copy: it is an error here."""
+    model, _ = both(Dense(2), device)
+    x = activations(device).requires_grad_() * 1
+    y = model(x)
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        backward(y)
+
+
 class Views(Parts):
     """What is kept of the output is a view of it: a part, for one group of channels, or all of it in another shape."""
 
