@@ -22,11 +22,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .operator.last_phase import LastPhase
 
-_NOTHING: AbstractContextManager[None] = nullcontext()
+_NOTHING: AbstractContextManager[Forward | None] = nullcontext()
 
 
-def recomputing() -> AbstractContextManager[None]:
-    """In it the outputs that are offered are not kept.
+def recomputing() -> AbstractContextManager[Forward | None]:
+    """In it the outputs that are offered are not kept; the forward whose they are.
 
     Nothing where other hooks are in force, those of a checkpoint or of ``save_on_cpu``, which decide then what is kept;
     under torch.compile, whose partitioner decides it; and in torch.func, which allows no hooks.
@@ -35,7 +35,7 @@ def recomputing() -> AbstractContextManager[None]:
         return _NOTHING
     if _hooks() is not None or not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return _NOTHING
-    return _recomputing()
+    return forgotten(Forward())
 
 
 def offer(y: Tensor, input: Tensor, residual: Tensor | None) -> None:
@@ -69,19 +69,19 @@ def _hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
-def _forward() -> _Forward | None:
+def _forward() -> Forward | None:
     """The forward whose hooks are in force."""
     hooks = None if torch.compiler.is_compiling() else _hooks()
     forward = None if hooks is None else getattr(hooks[0], "__self__", None)
-    return forward if isinstance(forward, _Forward) else None
+    return forward if isinstance(forward, Forward) else None
 
 
 @contextmanager
-def _recomputing() -> Iterator[None]:
-    forward = _Forward()
+def forgotten(forward: Forward) -> Iterator[Forward]:
+    """Its hooks are in force; at the end it forgets what was offered."""
     try:
         with saved_tensors_hooks(forward.pack, _unpack):
-            yield
+            yield forward
     finally:
         # The hooks live as long as the graph.
         forward.outputs.clear()
@@ -96,12 +96,17 @@ class _Source(Protocol):
     def unpack(self) -> Tensor: ...
 
 
-class _Forward:
+class Forward:
     """What one forward has kept, and what it has made that can be made again: by storage."""
 
     def __init__(self) -> None:
         self.kept: weakref.WeakValueDictionary[int, _Whole] = weakref.WeakValueDictionary()
         self.outputs: dict[int, _Output] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Of the activations that are kept, each once."""
+        return sum(whole.tensor.untyped_storage().nbytes() for whole in self.kept.values())
 
     def pack(self, t: Tensor) -> _Whole | _Handle:
         if not _has_storage(t):
@@ -133,6 +138,13 @@ class _Forward:
 
 def _cat(dim: int, *tensors: Tensor) -> Tensor:
     return torch.cat(tensors, dim)
+
+
+class ForwardThatKeeps(Forward):
+    """One in which nothing is made again."""
+
+    def add(self, y: Tensor, sources: list[Any], function: Callable[..., Tensor]) -> None:
+        """Not taken."""
 
 
 def _has_storage(t: Tensor) -> bool:

@@ -415,6 +415,10 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("drafting.py", f"{RECOMPUTATION}::test_a_step"): {
         "batches of a recomputed place counted twice":
             "with graph.inserting_after(site.output):\n        «→graph.node_copy(call)\n        »graph"},
+    ("planning.py", f"{RECOMPUTATION} -k report"): {
+        "report tells of no recomputation": "recomputed = «all(map(self.recomputed, norms))→False»"},
+    ("saving.py", f"{RECOMPUTATION} -k bytes"): {
+        "bytes that are kept told as saved": "return kept« - recomputed→»"},
     ("drafting.py", f"{RECOMPUTATION} -k test_concatenations"): {
         "concatenations kept": "for node in «self.concatenations if recomputed else→»"},
     ("recomputation.py", f"{RECOMPUTATION} -k test_concatenations"): {

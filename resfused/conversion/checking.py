@@ -151,7 +151,7 @@ def _watched(model: nn.Module, training: bool, inputs: tuple[Any, ...], named: d
     """One call, which leaves the model as it was."""
     watch = _Watch(model)
     given, given_named = pytree.tree_map_only(Tensor, Tensor.clone, (inputs, named))
-    with _restored(model), ExitStack() as stack:
+    with restored(model), ExitStack() as stack:
         model.train(training)
         for place in (norms, functional, synchronised):
             stack.enter_context(
@@ -170,7 +170,7 @@ def _as_method(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Iterator[None]:
     """Modes, buffers and the state of random numbers are afterwards what they were."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]

@@ -117,12 +117,11 @@ class Planner:
             for site in draft.sites:
                 norms = tuple(module.get_submodule(path) for path in site.norms)
                 modes.setdefault((module, site.form, norms), set()).add(training)
-        found = [
-            Fused(
-                self.names[module], form, tuple(self.names[n] for n in norms), norms[0] in self.forked, *_in(modes_of)
-            )
-            for (module, form, norms), modes_of in modes.items()
-        ]
+        found = []
+        for (module, form, norms), modes_of in modes.items():
+            names = tuple(self.names[n] for n in norms)
+            recomputed = all(map(self.recomputed, norms))
+            found.append(Fused(self.names[module], form, names, norms[0] in self.forked, *_in(modes_of), recomputed))
         return tuple(sorted(found, key=lambda entry: not entry.in_training))
 
     def allowed(self, norm: nn.Module) -> bool:

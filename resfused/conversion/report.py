@@ -13,6 +13,7 @@ from torch import nn
 
 from .checking import Check, check
 from .passes import eager, ours
+from .saving import saved_bytes
 
 _LINES, _FORMS, _NAMES = 15, 6, 3
 """How many lines ``str`` has at most, for how many forms, and how many norms it names of each reason."""
@@ -25,7 +26,8 @@ class Fused:
     ``module``: the qualified name of the module whose forward has it; ``form``: ``"norm"``, ``"norm+add"`` or
     ``"norm+add(norm)"``, and where an activation follows its name, ``"norm+add+relu"``; ``norms``: the qualified names
     of its one or two BatchNorms; ``forked``: whether its output goes to the next block as a pair; ``in_training``,
-    ``in_evaluation``: whether it is fused there.
+    ``in_evaluation``: whether it is fused there; ``recomputed``: whether its output is made again in the backward
+    instead of kept for it, where what it is made of is kept anyway.
     """
 
     module: str
@@ -34,6 +36,7 @@ class Fused:
     forked: bool
     in_training: bool
     in_evaluation: bool = True
+    recomputed: bool = False
 
     @property
     def passes_saved(self) -> float:
@@ -92,6 +95,15 @@ class Report:
         """
         return check(self, model, inputs, named)
 
+    def saved_bytes(self, model: nn.Module, *inputs: Any, **named: Any) -> int:
+        """Calls ``model(*inputs, **named)`` twice in training; the activations that ``recompute`` spares it, in bytes.
+
+        Those alive at the end of the forward, which the backward needs: with every output kept, less with the model as
+        it is. Modes, buffers and random numbers are afterwards as before. It is 0 for a compiled model, of which the
+        compiler decides what is kept. Raises: TypeError where ``model`` is no module; what the model itself raises.
+        """
+        return saved_bytes(model, inputs, named)
+
     def __str__(self) -> str:
         """At most 15 lines: how much was fused, in which forms, and why the rest was left."""
         lines = [*self._summary(), *self._forms()]
@@ -116,9 +128,14 @@ class Report:
         if {*self.norms} != {*self.norms_in_evaluation}:
             places = _counted(sum(f.in_evaluation for f in self.fused), "place")
             first += f" in training, {len(self.norms_in_evaluation)} in {places} in evaluation"
+        again = sum(entry.recomputed for entry in self.fused)
+        lines = [first]
+        if again:
+            outputs = f"outputs of {_counted(again, 'place')}"
+            lines.append(f"{outputs} made again in the backward; under torch.compile its partitioner decides that")
         if not self.fused or self.on_kernels:
-            return [first]
-        return [first, "where the model is now, PyTorch's own operators run: on a GPU the kernels will"]
+            return lines
+        return [*lines, "where the model is now, PyTorch's own operators run: on a GPU the kernels will"]
 
     def _forms(self) -> list[str]:
         counted = Counter(entry.form for entry in self.fused)
@@ -174,6 +191,7 @@ def _without_names(reason: str) -> str:
 
 def _form(entry: Fused) -> str:
     form = entry.form + (", pair handed on" if entry.forked else "")
+    form += ", made again" if entry.recomputed else ""
     return form + ("" if entry.in_training else ", in evaluation only")
 
 

@@ -613,6 +613,42 @@ def test_chosen_norms(device):
     assert len(found.made) == 2
 
 
+def test_the_report_says_which(device):
+    model = ResNet().to(device)
+    report = resfused.fuse_(model, recompute=lambda norm, name: name in ("bn1", "layer1.0.bn1", "layer1.0.bn2"))
+    assert [place.norms for place in report.fused if place.recomputed] == [("bn1",), ("layer1.0.bn1",)]
+    line = "outputs of 2 places made again in the backward; under torch.compile its partitioner decides that"
+    assert line in str(report).splitlines()
+    assert report.table().count(", made again ") == 2
+    assert "made again" not in str(resfused.fuse_(model))
+
+
+PIXELS = 3 * 6 * 4
+
+
+@pytest.mark.parametrize(
+    ("network", "channels"),
+    [
+        (Shared, CHANNELS),
+        # Four norms' inputs and outputs and the last concatenation, for the input and what each of four layers makes.
+        (Dense, 2 * (4 + 7 + 10 + 13) + 16 - (4 + 4 * 3)),
+        # Both outputs are but parts of what is kept.
+        (Branches, 2 * CHANNELS),
+    ],
+)
+def test_the_bytes_that_are_saved(network, channels, device):
+    model = network().to(device, torch.float64)
+    report = resfused.fuse_(model, recompute=True)
+    x = activations(device, number=3)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    model.eval()
+    assert report.saved_bytes(model, x) == channels * PIXELS * 8
+    assert not any(module.training for module in model.modules())
+    assert_same(model.state_dict(), before)
+    resfused.fuse_(model)
+    assert report.saved_bytes(model, x) == 0
+
+
 class Called(Parts):
     def forward(self, x, factor=1.0):
         return self.conv2(self.relu(self.a(x))) * factor
