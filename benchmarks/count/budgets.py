@@ -142,12 +142,12 @@ GOALS = (
 )  # fmt: skip
 # With another activation: the registers of a thread and the instructions of an element, as they are.
 OTHERS = {
-    ("norm+silu", "normalise"): (48, 15), ("norm+silu", "reduce"): (104, 22), ("norm+silu", "apply"): (96, 23.5),
-    ("norm+add+silu", "normalise"): (56, 18.5), ("norm+add+silu", "reduce"): (112, 26.5),
+    ("norm+silu", "normalise"): (48, 15), ("norm+silu", "reduce"): (96, 23), ("norm+silu", "apply"): (96, 23.5),
+    ("norm+add+silu", "normalise"): (56, 18.5), ("norm+add+silu", "reduce"): (96, 27),
     ("norm+add+silu", "apply"): (64, 12),
-    ("norm+add+relu6", "normalise"): (64, 20.5), ("norm+add+relu6", "reduce"): (120, 16.5),
+    ("norm+add+relu6", "normalise"): (64, 20.5), ("norm+add+relu6", "reduce"): (72, 17),
     ("norm+add+relu6", "apply"): (64, 12),
-    ("norm+add(norm)+identity", "normalise"): (80, 17.5), ("norm+add(norm)+identity", "reduce"): (72, 17.5),
+    ("norm+add(norm)+identity", "normalise"): (80, 17.5), ("norm+add(norm)+identity", "reduce"): (96, 17),
     ("norm+add(norm)+identity", "apply"): (128, 21.5),
 }  # fmt: skip
 
