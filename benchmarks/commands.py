@@ -35,9 +35,12 @@ VARIANTS = (
     "apex groupbn", "attorch",
 )  # fmt: skip
 MODES = ("training", "inference")
-FUSED_WAYS = ("resfused", "resfused again", "resfused, CUDA graph", "resfused, torch.compile")
+FUSED_WAYS = (
+    "resfused", "resfused again", "resfused, CUDA graph", "resfused, torch.compile", "resfused, recomputation"
+)  # fmt: skip
 WAYS = (
-    "eager", "eager, CUDA graph", "eager contiguous", "eager float16", "torch.compile", "torch.compile max-autotune"
+    "eager", "eager, CUDA graph", "eager contiguous", "eager float16", "torch.compile", "torch.compile max-autotune",
+    "eager, checkpoint",
 )  # fmt: skip
 NETWORKS = (
     *(f"torchvision/{name}" for name in (
@@ -175,6 +178,22 @@ def _networks(p: Parser) -> None:
     p.add_argument("--repetitions", type=positive_int, metavar="N", help="default 20, on a CPU 5, of small networks 2")
 
 
+def _memory(p: Parser) -> None:
+    p.add_argument(
+        "--network", action="append", choices=(*NETWORKS, *FAMILIES), metavar="NAME",
+        help="repeatable; default torchvision's resnet50, mobilenet_v2, efficientnet_b0 and densenet121",
+    )  # fmt: skip
+    p.add_argument(
+        "--way", action="append", choices=(*FUSED_WAYS, *WAYS), metavar="WAY",
+        help="repeatable; default eager, with checkpointed blocks, torch.compile, ours, ours with recomputation",
+    )  # fmt: skip
+    p.add_argument(
+        "--batch", type=positive_int, action="append", metavar="N", help="repeatable; default 64, on a CPU 16"
+    )
+    p.add_argument("--image-size", type=positive_int, metavar="PIXELS", help="default 224, on a CPU 160")
+    p.add_argument("--repetitions", type=positive_int, metavar="N", help="of the time; default 20, on a CPU 3")
+
+
 def _profile(p: Parser) -> None:
     _node_filters(p)
     p.add_argument("--counters", action="store_true", help="also the bytes that memory moved, by ncu")
@@ -288,6 +307,7 @@ STANDARD = Command("measure.standard", lambda p: None, measures=True)
 COMMANDS = {
     "nodes": Command("measure.node_timing", _nodes, measures=True),
     "networks": Command("measure.network_timing", _networks, measures=True),
+    "memory": Command("measure.step_memory", _memory, measures=True),
     "profile": Command("measure.kernel_profile", _profile, measures=True),
     "record": Command("record.command", _record),
     "tune": Command("tuning.command", _tune),

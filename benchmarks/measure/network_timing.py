@@ -21,6 +21,7 @@ from console.progress import Progress
 from console.rows import Rows
 from record.results import NetworkTime
 from torch import Tensor, nn
+from workloads.checkpointed import checkpointed
 from workloads.gate import FACTOR, relative_error
 from workloads.problems import DTYPES, LAYOUTS
 from workloads.zoo import build, entry, logits_of
@@ -40,7 +41,7 @@ LEAST_ERROR = {2: 1e-2, 4: 1e-3, 8: 1e-9}
 
 @dataclass(frozen=True)
 class Way:
-    """How a network is run. ``compiled``: torch.compile's mode.
+    """How a network is run. ``compiled``: torch.compile's mode; ``recompute``: that of ``fuse_``.
 
     ``dtype``: autocast's, or a wider one of everything; None is the workload's.
     """
@@ -50,6 +51,8 @@ class Way:
     cuda_graph: bool = False
     layout: str = "channels_last"
     dtype: torch.dtype | None = None
+    recompute: bool = False
+    checkpointed: bool = False
 
     def model(self, network: nn.Module, dtype: torch.dtype) -> nn.Module:
         """A copy of ``network`` as this way has it, with parameters of ``dtype``.
@@ -57,14 +60,17 @@ class Way:
         Raises: RuntimeError where nothing in it can be fused.
         """
         model = cast(Any, copy.deepcopy(network)).to(dtype, memory_format=LAYOUTS[self.layout])
-        if self.fused and not resfused.fuse_(model).fused:
+        if self.fused and not resfused.fuse_(model, recompute=self.recompute).fused:
             raise RuntimeError("fuse_ finds nothing in it")
+        if self.checkpointed:
+            model = checkpointed(model)
         return cast(nn.Module, torch.compile(model, mode=self.compiled, dynamic=False)) if self.compiled else model
 
 
 OURS, AGAIN, EAGER = "resfused", "resfused again", "eager"
 OURS_GRAPH, OURS_COMPILED = "resfused, CUDA graph", "resfused, torch.compile"
 COMPILED, AUTOTUNED = "torch.compile", "torch.compile max-autotune"
+AGAIN_IN_THE_BACKWARD, CHECKPOINT = "resfused, recomputation", "eager, checkpoint"
 WAYS = {
     OURS: Way(fused=True),
     AGAIN: Way(fused=True),
@@ -76,6 +82,8 @@ WAYS = {
     "eager float16": Way(dtype=torch.float16),
     COMPILED: Way(compiled="default"),
     AUTOTUNED: Way(compiled="max-autotune"),
+    AGAIN_IN_THE_BACKWARD: Way(fused=True, recompute=True),
+    CHECKPOINT: Way(checkpointed=True),
 }
 
 
@@ -138,21 +146,21 @@ class Step:
 
     def results(self) -> list[Tensor]:
         """Logits, and in training all gradients in one vector; in float64. Nothing but running statistics changes."""
-        logits, loss = self._forward()
+        logits, loss = self.forward()
         if not self._training:
             return [logits.double()]
         gradients = torch.autograd.grad(loss, list(self._model.parameters()))
         return [logits.detach().double(), torch.cat([g.flatten().double() for g in gradients])]
 
     def run(self) -> None:
-        _, loss = self._forward()
+        _, loss = self.forward()
         if self._training:
             self._scaler.scale(loss).backward()
             self._scaler.step(self._optimizer)
             self._scaler.update()
             self._optimizer.zero_grad(set_to_none=True)
 
-    def _forward(self) -> tuple[Tensor, Tensor]:
+    def forward(self) -> tuple[Tensor, Tensor]:
         """(logits, loss), the latter in training."""
         # A CUDA graph may not hold the cast weights of an earlier step.
         autocast = torch.autocast(

@@ -144,17 +144,39 @@ class StepProfile:
 
 
 @dataclass(frozen=True)
+class StepMemory(Sampled):
+    """What a training step allocates, and its time. ``live_bytes``: at the end of the forward; ``error``: as above."""
+
+    network: str
+    batch: int
+    image_size: int
+    dtype: str
+    variant: str
+    live_bytes: int
+    peak_bytes: int
+    error: float
+
+    KIND: ClassVar[str] = "memories"
+
+    @property
+    def workload(self) -> tuple[str, int, int, str]:
+        return self.network, self.batch, self.image_size, self.dtype
+
+
+@dataclass(frozen=True)
 class BuildTime(Sampled):
     """From nothing to the compiled library of the kernels for CPUs."""
 
     KIND: ClassVar[str] = "builds"
 
 
-Measurement = NodeTime | KernelTime | NetworkTime | StepProfile | BuildTime
-_KINDS: dict[str, type[Measurement]] = {t.KIND: t for t in (NodeTime, KernelTime, NetworkTime, StepProfile, BuildTime)}
+Measurement = NodeTime | KernelTime | NetworkTime | StepProfile | StepMemory | BuildTime
+_KINDS: dict[str, type[Measurement]] = {
+    t.KIND: t for t in (NodeTime, KernelTime, NetworkTime, StepProfile, StepMemory, BuildTime)
+}
 # What says which measurement it is; of two alike the later one counts.
 _MEASURED = {
-    "samples_ms", "least_bytes", "copy_gb_s", "error", "dram_bytes", "peak_bytes",
+    "samples_ms", "least_bytes", "copy_gb_s", "error", "dram_bytes", "peak_bytes", "live_bytes",
     "span_ms", "idle_ms", "kinds_ms", "longest",
 }  # fmt: skip
 # Of an environment, by what is made of it.

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from console.arguments import output_folder
 from console.rows import Rows
-from measure import kernel_profile, network_timing, node_timing, variants
+from measure import kernel_profile, network_timing, node_timing, step_memory, variants
 from record.results import (
     KernelTime,
     NetworkTime,
     NodeTime,
     ResultError,
     Results,
+    StepMemory,
     StepProfile,
     load,
     write_csv,
@@ -56,6 +57,8 @@ def show(results: Results, console: Console) -> None:
         console.print(node_timing.table(of_key, f"Nodes, {node_timing.setting(*key)} ({title})"))
     if networks := results.of(NetworkTime):
         console.print(network_timing.table(networks, f"Networks, one step ({title})"))
+    if memories := results.of(StepMemory):
+        console.print(step_memory.table(memories, f"Memory of a training step ({title})"))
     if kernels := results.of(KernelTime):
         console.print(kernel_profile.kernel_table(kernels, f"Our streaming kernels ({title})"))
     if steps := results.of(StepProfile):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from measure import network_timing as networks
 from measure import variants as nodes
-from record.results import KernelTime, NetworkTime, NodeTime, OfANode, Results
+from record.results import KernelTime, NetworkTime, NodeTime, OfANode, Results, StepMemory
 from workloads.passes import BOTH, PHASES
 
 from report import gains
@@ -24,7 +24,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F
 
 def write_plots(results: Results, stem: Path) -> list[Path]:
     """``<stem>-speedup-batch-256.png`` and so on, of what was measured; on a CPU ``<stem>-gains.png`` first."""
-    drawn = _plots(results) if results.on_gpu else _plots_of_a_cpu(results)
+    drawn = [*(_plots(results) if results.on_gpu else _plots_of_a_cpu(results)), *_plots_of_memory(results)]
     return [_save(draw(), results.environments[-1], results.machine, stem, name) for name, draw in drawn]
 
 
@@ -54,6 +54,37 @@ def _plots_of_a_cpu(results: Results) -> Iterator[tuple[str, Callable[[], Any]]]
         yield "gains", partial(gains.draw, results)
     for setting, times in _by_setting(results.of(NodeTime)).items():
         yield f"speedup-{_slug(setting)}", partial(_speedup, times, setting)
+
+
+def _plots_of_memory(results: Results) -> Iterator[tuple[str, Callable[[], Any]]]:
+    if found := results.of(StepMemory):
+        yield "memory-against-time", partial(_memory_against_time, found)
+
+
+def _memory_against_time(found: list[StepMemory]) -> Any:
+    """A panel for each workload, a dot for each way: what is alive at the end of the forward, and the step's time."""
+    workloads = list(dict.fromkeys(each.workload for each in found))
+    figure, panels = plt.subplots(
+        1, len(workloads), figsize=(3.6 * len(workloads) + 1, 3.6), squeeze=False, layout="constrained"
+    )
+    variants = list(dict.fromkeys(each.variant for each in found))
+    for workload, axes in zip(workloads, panels[0], strict=True):
+        network, batch, pixels, dtype = workload
+        for variant, colour in zip(variants, COLOURS, strict=False):
+            of_it = [each for each in found if (each.workload, each.variant) == (workload, variant)]
+            times, megabytes = [e.milliseconds for e in of_it], [e.live_bytes / 2**20 for e in of_it]
+            axes.scatter(times, megabytes, s=40, color=colour, label=variant)
+        axes.set_title(f"{network}\nbatch {batch}, {pixels} x {pixels}, {dtype}", loc="left", fontsize=9)
+        axes.set_xlabel("a training step, ms", fontsize=8)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=8)
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("MB alive at the end of the forward", fontsize=8)
+    panels[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    return figure
 
 
 def _by_setting(times: list[T]) -> dict[str, list[T]]:
