@@ -159,7 +159,7 @@ def _nodes(p: Parser) -> None:
 
 def _networks(p: Parser) -> None:
     p.add_argument(
-        "--network", action="append", choices=NETWORKS, metavar="NAME",
+        "--network", action="append", choices=(*NETWORKS, *FAMILIES), metavar="NAME",
         help="repeatable; default torchvision's resnet50, resnet18 and, on a GPU, resnet101",
     )  # fmt: skip
     p.add_argument("--mode", action="append", choices=MODES, help="repeatable; default training; ResNet-50's both")
