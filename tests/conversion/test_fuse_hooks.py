@@ -180,7 +180,7 @@ class Shifted(Activation):
 def test_inlined_modules(place, how, device):
     """Whose code became a part of another module's: another class or number, or a hook on it, is seen."""
     fused, eager = fused_and_eager(
-        nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sequential(nn.BatchNorm2d(4)), Activation()), device
+        nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.Sequential(nn.BatchNorm2d(4)), Activation()), device
     )
     x = activations(device)
     assert nodes(fused, x) == 1
