@@ -223,7 +223,7 @@ def test_the_data_is_in_the_tables(tmp_path):
         assert text[name]["norm+add(norm)+relu"] > 0, name
     assert text["nodes"]["1.2345"] == text["nodes"]["9.8760"] == 27
     assert text["networks"]["torchvision/wide_resnet50_2"] >= 20
-    assert text["steps"]["234.56"] == 10
+    assert text["steps"]["234.56"] == 12
     assert text["traffic"]["0.0234"] == 12 * 4
     assert text["audit"]["12·128"] == 18
     assert text["tune"]["streaming.statistics.channels_last[2].elements"] >= 1

@@ -52,8 +52,8 @@ wanted = [each for name, each in WANTED.items() if exists(FORMS[2], name)]
 for number, (activation, form) in enumerate(product(EVERY, FORMS)):
     dtype, layout = list(TOLERANCE)[number % 4], LAYOUTS[number // 3 % 2]
     p = problem(form, SHAPES[number % 7], dtype, torch.device("cpu"), training=number % 5 < 3, layout=layout)
-    p = replace(p, activation=activation, wanted=("bias", *wanted[number % len(wanted)]))
-    check(clear_of_kinks(p), ours(p, forked=number % 5 == 0))
+    p = clear_of_kinks(replace(p, activation=activation, wanted=("bias", *wanted[number % len(wanted)])))
+    check(p, ours(p, forked=number % 5 == 0))
 for activation, dtype in product(EVERY, (torch.float32, torch.float64)):
     if activation.name != "relu":
         check_points(activation, dtype, float("inf"), False, FORMS[0], torch.device("cpu"))
