@@ -230,7 +230,7 @@ def test_what_is_called_ours_ran_on_the_kernels(m, native_calls):
 
 
 def test_a_network_without_anything_to_fuse_is_not_ours(m, monkeypatch):
-    monkeypatch.setattr(network_timing.resfused, "fuse_", lambda model: SimpleNamespace(fused=[]))
+    monkeypatch.setattr(network_timing.resfused, "fuse_", lambda model, **named: SimpleNamespace(fused=[]))
     network_timing.time_networks([WORKLOAD], ["resfused"], 1, m)
     assert m.run.left_out == [
         ("resfused, small/cifar_resnet8 training, batch 2, bfloat16", "fuse_ finds nothing in it")
@@ -243,9 +243,9 @@ def test_a_wrong_network_is_not_timed(m, monkeypatch):
 
     fuse = resfused.fuse_
 
-    def fused_wrongly(model):
+    def fused_wrongly(model, **named):
         torch.nn.init.constant_(model[3].bn2.weight, 3)
-        return fuse(model)
+        return fuse(model, **named)
 
     monkeypatch.setattr(network_timing.resfused, "fuse_", fused_wrongly)
     network_timing.time_networks([WORKLOAD], ["resfused", "eager"], 1, m)
