@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from covering import covering
-from oracle import FORMS, LAYOUTS, PARAMETERS, TOLERANCE, assert_close, problem, run
+from oracle import FORMS, LAYOUTS, PARAMETERS, TOLERANCE, assert_close, call, problem, run
 from resfused.kernels.activation import ACTIVATIONS, RELU, Activation, activation_of
 from torch import nn
 
@@ -60,8 +60,6 @@ def test_derivatives_by_differences(activation, form, training, device, in_cpp):
     leaves = [p.tensors[n].requires_grad_() for n in names(p)]
 
     def function(*values):
-        from oracle import call
-
         return call(fused, p, {**stats, **dict(zip(names(p), values, strict=True))})
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
@@ -103,8 +101,6 @@ def kept(library, p):
             saved[tensor.data_ptr()] = tensor
         return tensor
 
-    from oracle import call
-
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = call(library, p, t)
     saved.pop(y.data_ptr(), None)
@@ -142,7 +138,7 @@ def test_what_is_kept(activation, form, training, device, in_cpp):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@MODES
 def test_what_is_kept_for_a_gradient_alone(form, training, device, in_cpp):
     """x for its weight's or in training its own; a residual that needs none is not kept."""
     p = problem(form, (4, 8, 4, 8), torch.float32, device, training=training)
