@@ -9,17 +9,17 @@ SMOOTH = "test_native_activations.py::test_smooth_to_a_few_roundings"
 
 # fmt: off
 IN_CPP: dict[tuple[str, str], dict[str, str]] = {
-    ("any.h", KINKS): {
+    ("activated.h", KINKS): {
         "C++: a relu6 with a gradient from six on":
             "case kRelu6: return «both(passes(z), passes(all(A(6)) - z))→passes(z)»",
-        "C++: a relu6 whose gradient is multiplied": "case kRelu6: return «keep(on, dy)→dy * keep(on, all(A(1)))»",
+        "C++: a relu6 whose gradient is multiplied": "case kRelu6: return «keep(on, dy)→dy * keep(on, all(A(1)))»;",
         "C++: a hardswish with a gradient below its kink": "return «keep(passes(z + all(A(3))), →(»select("},
-    ("smooth.cpp", KINKS): {
+    ("smooth.h", KINKS): {
         "C++: infinite square times zero": "fma(«lesser(all(A(1e9)), z * z)→z * z», all("},
     ("gradient_loops.h", "test_native_oracle.py -k sums_end"): {
         "C++: gradient of what is outside": "dz = «only(some, dz)→dz»;"},
-    ("any.h", ACTIVATIONS): {
-        "C++: an identity with a slope": "return «name_ != kIdentity→true»;"},
+    ("activated.h", ACTIVATIONS): {
+        "C++: an identity with a slope": "return «name() != kIdentity→true»;"},
     ("backward.cpp", "test_native_oracle.py -k 'test_values_of_activations and phases'"): {
         "C++: a sum with an input that was not kept": "[c] = «is_kept ? →»static_cast<A>(sums[row])« : A(0)→»;"},
     ("backward.cpp", NATIVE): {
@@ -38,7 +38,7 @@ IN_CPP: dict[tuple[str, str], dict[str, str]] = {
             "const Machine&«→ machine», int64_t element_bytes)\n      : channels_(a.channels), rows_(a.values()), "
             "mask_row_(divide_up(a.channels, 8)) {\n    // Enough parts for many threads, of enough rows to be worth a "
             "merge, short enough for the sums' precision.\n    int64_t parts = «1→machine.threads»;"},
-    ("smooth.cpp", SMOOTH): {
+    ("smooth.h", SMOOTH): {
         "C++: ln 2 without its second part": "fma(n, all(«-2.12194440e-4f→0.f»),",
         "C++: an exponential that never vanishes": "lesser(all(«105→87»",
         "C++: a gelu without its last coefficient": "«5.45127514e-05f→0.f»}"},

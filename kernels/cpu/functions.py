@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +30,7 @@ _NORM = "8q2d"
 _FORWARD = struct.Struct(f"=7q 2q 6q 2q {_NORM} {_NORM} qd")
 _BACKWARD = struct.Struct(f"=7q 2q 14q 3q {_NORM} {_NORM} 8q qd")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_NARROW = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _FUNCTIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _FROM_BATCH, _MOMENTS, _GIVEN, _RUNNING = range(4)
 _ALL, _SUMS, _INPUTS, _LOCAL = range(4)
@@ -152,7 +154,7 @@ def _call_forward(
         *_shape(g), *_machine(), norms, statistics, *_tensor(x), *_tensor(residual), *_tensor(y), _address(mask),
         _address(stats), *_norm(norm), *_norm(residual_norm), *_function(activation),
     )  # fmt: skip
-    _run(_library(activation).resfused_forward, record)
+    _run(_library(activation, _kind(x, residual, y)).resfused_forward, record)
 
 
 def _call_backward(
@@ -181,7 +183,8 @@ def _call_backward(
         *_tensor(dweight), *_tensor(dbias), *_tensor(dresidual_weight), *_tensor(dresidual_bias),
         *_function(kept.activation),
     )  # fmt: skip
-    _run(_library(kept.activation).resfused_backward, record)
+    kind = _kind(dy, dy_fork, x, residual, dz, dx, dresidual)
+    _run(_library(kept.activation, kind).resfused_backward, record)
 
 
 def _shape(g: Geometry) -> tuple[int, int, int, int]:
@@ -226,16 +229,19 @@ def _caches() -> tuple[int, int]:
     return found[2], found[3]
 
 
-@lru_cache(maxsize=64)
-def _library(activation: Activation) -> Any:
-    import ctypes
+def _kind(*tensors: Tensor | None) -> str:
+    """What a library is compiled for that has these dtypes."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    if torch.float64 in dtypes:
+        return "wide"
+    return _NARROW.get(dtypes.pop(), "mixed") if len(dtypes) == 1 else "mixed"
 
-    library = build.load(activation)
-    backward_size = ctypes.c_int64()
-    library.resfused_record_sizes.restype = ctypes.c_int64
-    forward_size = library.resfused_record_sizes(ctypes.byref(backward_size))
-    if (forward_size, backward_size.value) != (_FORWARD.size, _BACKWARD.size):
-        raise RuntimeError("the records of calls.py and call.h differ")
+
+@lru_cache(maxsize=64)
+def _library(activation: Activation, kind: str) -> Any:
+    library = build.load(build.library_of(activation, kind))
+    if (library.resfused_forward_size(), library.resfused_backward_size()) != (_FORWARD.size, _BACKWARD.size):
+        raise RuntimeError("the records of functions.py and call.h differ")
     for function in (library.resfused_forward, library.resfused_backward):
         function.argtypes = [ctypes.c_char_p]
     return library

@@ -9,11 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
-from resfused.kernels.cpu import build
+import torch
+from resfused.kernels import cpu
+from resfused.kernels.activation import Activation
+from resfused.kernels.cpu import build, functions
 
 import resfused
 
 TESTS = Path(__file__).parent
+# The calls of a compiler for one.
+A_LIBRARY = len(build.UNITS) + 1
 BACKEND = "import torch, resfused; print(resfused.backend_for(torch.ones(2, 3)))"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernels in C++ are for Linux")
 
@@ -72,42 +77,62 @@ def test_only_the_first_call_builds(tmp_path, compiler):
     assert not compiled(tmp_path)
     first = python("-c", BACKEND, **settings)
     assert (first.stdout.strip(), first.stderr.count("\n")) == ("native", 1)
-    assert f"compiling the kernels for this CPU into {tmp_path / 'cache'}, once" in first.stderr
-    assert len(compiled(tmp_path)) == len(build.LIBRARIES["relu"]) + 1
+    assert f"compiling the kernels of relu in float32 for this CPU into {tmp_path / 'cache'}, once" in first.stderr
+    assert len(compiled(tmp_path)) == A_LIBRARY
     second = python("-c", BACKEND, **settings)
     assert (second.stdout.strip(), second.stderr) == ("native", "")
-    assert len(compiled(tmp_path)) == len(build.LIBRARIES["relu"]) + 1
+    assert len(compiled(tmp_path)) == A_LIBRARY
 
 
 CALLS = """
-import torch
-from resfused.kernels import cpu
 from resfused.kernels.activation import RELU, Activation
-one = torch.ones(2)
-for activation in (RELU, Activation("relu6"), Activation("silu"), RELU):
-    try:
-        cpu.forward(torch.ones(4, 2), None, cpu.Norm(one, one, one, one, 0.1, 0.1), None, False, False, activation)
-    except cpu.UnavailableError as error:
-        print(activation.name, "no such luck" in str(error))
+from resfused.kernels.cpu import build
+for kind in build.KINDS:
+    for activation in (RELU, Activation("relu6"), Activation("silu"), RELU):
+        try:
+            build.load(build.library_of(activation, kind))
+        except build.UnavailableError as error:
+            print(activation.name, kind, "no such luck" in str(error))
 """
 
 
-def test_other_activations_are_built_at_the_first_of_them(tmp_path, compiler):
-    settings = {"CXX": compiler(), "RESFUSED_CACHE": tmp_path / "cache"}
-    python("-c", BACKEND, **settings)
-    alone = len(compiled(tmp_path))
-    assert not any("-DACTIVATION=Any" in line for line in compiled(tmp_path))
-    called = python("-c", CALLS, **settings)
-    assert (called.stdout, called.stderr.count("\n")) == ("", 1)
-    assert len(compiled(tmp_path)) == alone + len(build.LIBRARIES["any"]) + 1
-    assert sum("-DACTIVATION=Any" in line for line in compiled(tmp_path)) == len(build.LIBRARIES["any"]) - 2
+def test_libraries_are_built_each_at_its_first_call(tmp_path, compiler):
+    called = python("-c", CALLS, CXX=compiler(), RESFUSED_CACHE=tmp_path / "cache")
+    assert (called.stdout, called.stderr.count("\n")) == ("", 10)
+    assert sorted(path.name.rpartition("-")[0] for path in (tmp_path / "cache").glob("*.so")) == [
+        "any-mixed", "any-wide", "relu-bfloat16", "relu-float32", "relu-mixed", "relu-wide",
+        "relu6-bfloat16", "relu6-float32", "silu-bfloat16", "silu-float32",
+    ]  # fmt: skip
+    assert len(compiled(tmp_path)) == 10 * A_LIBRARY
+    for flags in ("-DACTIVATION=kRelu6 -DKIND=Float32Kind", "-DACTIVATION=kAny -DKIND=WideKind -O1"):
+        assert sum(flags in line for line in compiled(tmp_path)) == A_LIBRARY
 
 
-def test_other_activations_fail_alone(tmp_path, compiler):
-    """With the same reason at every call; the ReLU goes on."""
-    broken = compiler('case "$*" in *smooth.cpp*) echo "no such luck"; exit 3;; esac')
+def test_libraries_fail_alone(tmp_path, compiler):
+    """With the same reason at every call; the others go on."""
+    broken = compiler('case "$*" in *kRelu6*|*kAny*Wide*) echo "no such luck"; exit 3;; esac')
     called = python("-c", CALLS, CXX=broken, RESFUSED_CACHE=tmp_path / "cache")
-    assert called.stdout.splitlines() == ["relu6 True", "silu True"]
+    assert called.stdout.splitlines() == [
+        f"{name} True" for name in ("relu6 float32", "relu6 bfloat16", "relu6 wide", "silu wide")
+    ]
+
+
+def test_calls_take_what_is_compiled_for_them(monkeypatch):
+    taken, load = [], build.load
+    monkeypatch.setattr(build, "load", lambda name: (taken.append(tuple(name)), load(name))[1])
+    functions._library.cache_clear()
+    for activation, x, residual in (
+        ("relu", torch.float32, torch.float32),
+        ("silu", torch.bfloat16, torch.bfloat16),
+        ("silu", torch.float16, torch.float16),
+        ("silu", torch.bfloat16, torch.float32),
+        ("relu", torch.float16, torch.float64),
+    ):
+        one = torch.ones(2, dtype=x)
+        norm = cpu.Norm(one, one, one, one, 0.1, 0.1)
+        call = Activation(activation)
+        cpu.forward(torch.ones(4, 2, dtype=x), torch.ones(4, 2, dtype=residual), norm, None, True, False, call)
+    assert taken == [("relu", "float32"), ("silu", "bfloat16"), ("any", "mixed"), ("relu", "wide")]
 
 
 def test_four_processes_build_once(tmp_path, compiler):
@@ -117,7 +142,7 @@ def test_four_processes_build_once(tmp_path, compiler):
         for _ in range(4)
     ]
     assert [p.communicate(timeout=120)[0].strip() for p in work] == ["native"] * 4
-    assert len(compiled(tmp_path)) == len(build.LIBRARIES["relu"]) + 1
+    assert len(compiled(tmp_path)) == A_LIBRARY
     assert sorted(p.suffix for p in (tmp_path / "cache").iterdir()) == [".lock", ".so"]
 
 
@@ -227,5 +252,4 @@ def test_every_access_is_inside():
 
 
 def test_every_unit_is_in_the_package():
-    used = {source for units in build.LIBRARIES.values() for source, _ in units.values()}
-    assert used == {str(p.relative_to(build.SOURCES)) for p in build.SOURCES.rglob("*.cpp")}
+    assert set(build.UNITS) == {str(p.relative_to(build.SOURCES)) for p in build.SOURCES.rglob("*.cpp")}

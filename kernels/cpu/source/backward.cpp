@@ -242,10 +242,7 @@ void run_form(const BackwardCall& call) {
   call.norms == 1 ? with(std::integral_constant<int, 1>{}) : with(std::integral_constant<int, 2>{});
 }
 
-}  // namespace
-
-template <>
-void backward<KIND>(const BackwardCall& call) {
+void backward(const BackwardCall& call) {
   if (call.shape.channels_last) return run_form<KIND, ChannelsLast>(call);
   if constexpr (KIND::kColumns) {
     if (Columns::suits(call.shape, KIND::Elements(call.x).element_size())) return run_form<KIND, Columns>(call);
@@ -253,4 +250,9 @@ void backward<KIND>(const BackwardCall& call) {
   run_form<KIND, Contiguous>(call);
 }
 
+}  // namespace
 }  // namespace resfused
+
+RESFUSED_API int64_t resfused_backward_size() { return sizeof(resfused::BackwardCall); }
+
+RESFUSED_API int resfused_backward(const void* record) { return resfused::guarded(record, resfused::backward); }

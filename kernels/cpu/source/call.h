@@ -1,4 +1,4 @@
-// What Python hands over: one record a call, whose fields are those that library.py packs, in the same order.
+// What Python hands over: one record a call, whose fields are those that functions.py packs, in the same order.
 #pragma once
 
 #include <cstdint>

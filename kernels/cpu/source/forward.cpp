@@ -4,8 +4,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "activations/any.h"
-#include "activations/relu.h"
+#include "activations/activated.h"
 #include "columns.h"
 #include "entry.h"
 #include "pages.h"
@@ -152,7 +151,7 @@ class Forward {
   template <class Norms>
   void normalise(Elements x, Elements residual, Elements y, uint8_t* mask, int64_t n, const Norms& norms) const {
     const bool past = past_ && y.aligned();
-    const ACTIVATION<A> activation(call_.activation);
+    const Activated<A, ACTIVATION> activation(call_.activation);
     walk<A>(n, [&](int64_t i, auto some) INLINED {
       Pack<A> z = norms.affine(0, x.load(i, some) - norms.get(0, kMean, i), i);
       if constexpr (NORMS == 1) {
@@ -186,10 +185,7 @@ void run_form(const ForwardCall& call) {
   call.norms == 1 ? with(std::integral_constant<int, 1>{}) : with(std::integral_constant<int, 2>{});
 }
 
-}  // namespace
-
-template <>
-void forward<KIND>(const ForwardCall& call) {
+void forward(const ForwardCall& call) {
   if (call.shape.channels_last) return run_form<KIND, ChannelsLast>(call);
   if constexpr (KIND::kColumns) {
     if (Columns::suits(call.shape, KIND::Elements(call.x).element_size())) return run_form<KIND, Columns>(call);
@@ -197,4 +193,9 @@ void forward<KIND>(const ForwardCall& call) {
   run_form<KIND, Contiguous>(call);
 }
 
+}  // namespace
 }  // namespace resfused
+
+RESFUSED_API int64_t resfused_forward_size() { return sizeof(resfused::ForwardCall); }
+
+RESFUSED_API int resfused_forward(const void* record) { return resfused::guarded(record, resfused::forward); }

@@ -3,8 +3,7 @@
 
 #include <cstdint>
 
-#include "activations/any.h"
-#include "activations/relu.h"
+#include "activations/activated.h"
 #include "partition.h"
 #include "storage.h"
 #include "vectors.h"
@@ -24,7 +23,7 @@ class GradientLoops {
   using A = typename Kind::A;
   using Elements = typename Kind::Elements;
   using Norms = NormPacks<A, Partition>;
-  using Activated = ACTIVATION<A>;
+  using Chosen = Activated<A, ACTIVATION>;
 
  public:
   // Of dz, dz (x - mean), and dz (residual - mean).
@@ -131,12 +130,12 @@ class GradientLoops {
       Pack<A> z = norms.affine(0, centred, i);
       if constexpr (NORMS == 2) {
         z = z + norms.affine(1, residual_centred, i);
-      } else if constexpr (Activated::kSmooth) {
+      } else if constexpr (Chosen::kSmooth) {
         if (in.residual) z = z + in.residual.load(row + i, some);
       }
       dz = activation_.gradient_at(z, dz);
       // Beyond the last element x is 0, of which z may be infinite, and its derivative no number.
-      if constexpr (Activated::kSmooth) dz = only(some, dz);
+      if constexpr (Chosen::kSmooth) dz = only(some, dz);
     }
     return {centred, residual_centred, dz};
   }
@@ -192,7 +191,7 @@ class GradientLoops {
   }
 
   const BackwardCall& call_;
-  const Activated activation_;
+  const Chosen activation_;
   // Whether the last phase finds dz written: where that is less to read than two halves of dy.
   const bool reads_dz_, past_;
 };

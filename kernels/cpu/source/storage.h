@@ -139,14 +139,13 @@ inline void AnyTyped<double>::store(int64_t i, N n, Pack<double> a, bool) const 
   AnyTyped<float>(at, dtype).store(i, some, resfused::load(narrow), false);
 }
 
-// What is compiled: the two dtypes that networks are trained in on CPUs, and any mixture with either arithmetic, which
-// goes without columns: they take seconds to compile.
+// The kinds that libraries are compiled for. Mixtures go without columns, which take seconds to compile.
 struct Float32Kind {
   static constexpr bool kColumns = true;
   using A = float;
   using Elements = Typed<float>;
 };
-struct BFloat16Kind {
+struct Bfloat16Kind {
   static constexpr bool kColumns = true;
   using A = float;
   using Elements = Typed<BFloat16>;
