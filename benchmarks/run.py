@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _prepare(interpreted: bool) -> None:
     """``interpreted``: whether the command runs Triton's kernels, without a GPU in the interpreter."""
     import torch
-    from workloads.interpreter import keep_patches
+    from workloads.interpreter import speed_up
 
     if not sys.stdout.isatty():
         # A log file has more room than a terminal.
@@ -41,7 +41,7 @@ def _prepare(interpreted: bool) -> None:
     if interpreted and not torch.cuda.is_available():
         # Read when the kernels are defined, so before the first import of resfused. Processes that compile drop it.
         os.environ["TRITON_INTERPRET"] = "1"
-        keep_patches()
+        speed_up()
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ from training import checkpoints
 from training.images import DIGITS, DataError, Images, importing, load_images
 from training.processes import Interrupt, Processes, launched
 from training.trainer import AMP, DTYPES, INTERRUPTED, Trainer
-from workloads.interpreter import keep_patches
+from workloads.interpreter import speed_up
 from workloads.networks import cifar_resnet
 from workloads.zoo import torchvision
 
@@ -210,5 +210,5 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    keep_patches()
+    speed_up()
     sys.exit(main())

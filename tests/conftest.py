@@ -15,11 +15,11 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from covering import LAUNCHES
-from workloads.interpreter import keep_patches
+from workloads.interpreter import speed_up
 
 from resfused import backend
 
-keep_patches()
+speed_up()
 
 
 @pytest.fixture(autouse=True)

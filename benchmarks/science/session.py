@@ -14,7 +14,7 @@ from console.progress import Progress
 from rich.console import Console
 from torch import Tensor, nn
 from training.images import Images, load_images
-from workloads.interpreter import keep_patches
+from workloads.interpreter import speed_up
 
 import resfused
 
@@ -118,4 +118,4 @@ def _as_it_is(image: Tensor) -> Tensor:
 
 def _begin_worker() -> None:
     torch.set_num_threads(1)
-    keep_patches()
+    speed_up()

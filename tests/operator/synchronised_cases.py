@@ -19,7 +19,7 @@ from oracle import FORMS, in_layout, relative_error
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from workloads.interpreter import keep_patches
+from workloads.interpreter import speed_up
 
 import resfused
 from resfused import reference
@@ -330,5 +330,5 @@ def main(rank, processes, store):
 
 
 if __name__ == "__main__":
-    keep_patches()
+    speed_up()
     sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))
