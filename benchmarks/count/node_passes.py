@@ -7,6 +7,7 @@ PyTorch moves between the launches is not counted; in these layouts there is not
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -183,19 +184,25 @@ def _forward_pair(
     return pair, [x, *([] if added is None else [added]), *parameters[: 2 if other is None else 4]]
 
 
-def kept(library: Any, form: str, activation: Activation) -> float:
-    """What a training forward keeps of full size, in activations, but for its output: what follows keeps that."""
-    shape: Shape = (2, 8, 16, 16)
-    y, saved = None, {}
+def kept_by(forward: Callable[[], Tensor]) -> float:
+    """What a forward keeps of full size, in activations, but for its output: what follows keeps that."""
+    saved = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.numel() * tensor.itemsize >= prod(shape) // 8:
-            saved[tensor.data_ptr()] = tensor.nbytes
+        saved[tensor.data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y, _ = _forward(library, form, activation, True, _activations("channels_last", torch.float32, shape, True, 2))
-    return sum(size for address, size in saved.items() if address != y.data_ptr()) / y.nbytes
+        y = forward()
+    saved.pop(y.data_ptr(), None)
+    # A bit mask is the least of that size.
+    return sum(tensor.nbytes for tensor in saved.values() if tensor.numel() >= y.numel() // 8) / y.nbytes
+
+
+def kept(library: Any, form: str, activation: Activation) -> float:
+    """By a node's training forward, see ``kept_by``."""
+    activations = _activations("channels_last", torch.float32, (2, 8, 16, 16), True, 2)
+    return kept_by(lambda: _forward(library, form, activation, True, activations)[0])
 
 
 def _vectors(activations: list[Tensor], training: bool) -> tuple[list[Tensor], list[Tensor]]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from count.node_passes import kept_by
 from covering import covering
 from oracle import FORMS, LAYOUTS, PARAMETERS, TOLERANCE, assert_close, call, problem, run
 from resfused.kernels.activation import ACTIVATIONS, RELU, Activation, activation_of
@@ -89,22 +90,8 @@ def test_at_the_kinks(activation, device, in_cpp):
 
 
 def kept(library, p):
-    """Full-size tensors that are kept for the backward and would not be otherwise, in bytes, and the numbers of them.
-
-    The output of a node is not counted: the next one keeps it.
-    """
     t = {n: v.detach().clone().requires_grad_(n in p.wanted) if v is not None else None for n, v in p.tensors.items()}
-    saved = {}
-
-    def pack(tensor):
-        if tensor.numel() >= p.dy.numel() // 8:
-            saved[tensor.data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = call(library, p, t)
-    saved.pop(y.data_ptr(), None)
-    return sum(tensor.nbytes for tensor in saved.values()) / p.dy.nbytes
+    return kept_by(lambda: call(library, p, t))
 
 
 # Of the bytes of one activation; a mask is a 32nd in float32.
