@@ -22,7 +22,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 Network = TypeVar("Network", bound=nn.Module)
 
-SHORT, DEFAULT, FULL = SIZES = ("short", "default", "full")
+SHORT, DEFAULT, FULL = ("short", "default", "full")
 PLAIN_OPERATORS, KERNELS, INTERPRETED = "plain operators", "kernels", "kernels, interpreted"
 
 

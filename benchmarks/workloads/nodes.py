@@ -56,11 +56,6 @@ def resnet50() -> Network:
     return _network((3, 4, 6, 3), bottleneck=True)
 
 
-def resnet18_nodes() -> list[Node]:
-    """20 norms: 9 norm+relu (the stem among them), 5 identity tails, 3 projection tails of two norms."""
-    return resnet18().nodes
-
-
 def resnet50_nodes() -> list[Node]:
     """53 norms: 33 norm+relu (the stem among them), 12 identity tails, 4 projection tails of two norms."""
     return resnet50().nodes

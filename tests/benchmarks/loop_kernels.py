@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from count import machine_code, offline
 
-ROWS, COLUMNS, THREADS = 32, 64, 128
+ROWS, COLUMNS = 32, 64
 
 
 @triton.jit

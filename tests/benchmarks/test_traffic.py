@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -14,16 +12,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from count import node_passes, recorder, traffic
 from resfused.kernels.activation import RELU, activation_of
+from resfused.kernels.geometry import Geometry
+from resfused.kernels.gpu import launch_table
 from torch import nn
+from workloads import nodes
 
 from resfused import Fused, functional, reference
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-nodes = importlib.import_module("workloads.nodes")
-recorder = importlib.import_module("count.recorder")
-node_passes = importlib.import_module("count.node_passes")
-traffic = importlib.import_module("count.traffic")
 
 pytestmark = pytest.mark.interpreter
 
@@ -217,8 +213,8 @@ def test_partial_results_have_the_size_of_the_real_launch() -> None:
     """Statistics write each program's mean and M2 of its channels, and each block's counts; the last to arrive reads
     them, and the running statistics, and writes these and the batch's.
     """
-    geometry = importlib.import_module("resfused.kernels.geometry").Geometry(True, 1, 256 * 49, 512)
-    launch = importlib.import_module("resfused.kernels.gpu.launch_table").streaming("statistics", geometry)
+    geometry = Geometry(True, 1, 256 * 49, 512)
+    launch = launch_table.streaming("statistics", geometry)
     programs = launch.programs
     statistics, _ = node_passes.count_node(
         nodes.NORM_RELU, node_passes.FORWARD, node_passes.SEPARATE, "channels_last", HALF, (256, 512, 7, 7)
@@ -238,7 +234,7 @@ def test_partial_results_have_the_size_of_the_real_launch() -> None:
     [("resnet18", 9, 5, 3, 20), ("resnet50", 33, 12, 4, 53)],
 )
 def test_nodes(network: str, norm_relu: int, identity: int, projection: int, norms: int) -> None:
-    found = getattr(nodes, f"{network}_nodes")()
+    found = nodes.NETWORKS[network]().nodes
     counts = [sum(node.count for node in found if node.form == form) for form in nodes.FORMS]
     assert counts == [norm_relu, identity, projection]
     assert sum(node.count * node.norms for node in found) == norms
@@ -269,7 +265,7 @@ def test_nodes_are_the_norms_of_the_network(network: str, depths: tuple[int, ...
             module.register_forward_hook(lambda _, inputs, __: normalised.update([tuple(inputs[0].shape[1:])]))
     model(torch.empty(2, 3, 224, 224, device="meta"))
     expected: Counter[tuple[int, ...]] = Counter()
-    for node in getattr(nodes, f"{network}_nodes")():
+    for node in nodes.NETWORKS[network]().nodes:
         expected[node.channels, node.height, node.width] += node.count * node.norms
     assert normalised == expected
 
