@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -78,8 +77,3 @@ def same(one, other):
     assert len(momenta[0]) > 0
     assert all(map(torch.equal, *momenta))
     assert all(one[key] == other[key] for key in ("epoch", "step", "history", "scheduler", "scaler"))
-
-
-def results(path, *options, **changes):
-    out = run(*options, "--json", path, **changes)
-    return json.loads(path.read_text())["epochs"], out

@@ -17,16 +17,16 @@ from training import checkpoints
 from training.trainer import INTERRUPTED
 
 
-def test_stopped_in_an_epoch_and_resumed(tmp_path):
+def test_stopped_in_an_epoch_and_resumed(tmp_path, run_here):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = [*SMALL, "--no-fuse", "--epochs", 2]
-    run(*options, "--checkpoint", whole)
-    run(*options, "--checkpoint", parts, "--max-steps", 30, "--json", tmp_path / "stopped.json")
+    run_here(*options, "--checkpoint", whole)
+    run_here(*options, "--checkpoint", parts, "--max-steps", 30, "--json", tmp_path / "stopped.json")
     content = json.loads((tmp_path / "stopped.json").read_text())
     assert (content["steps"], len(content["epochs"]), content["interrupted"]) == (30, 1, False)
     assert content["images_per_second"] > 0
     assert newest(parts) == checkpoints.path_of(parts, 30)
-    out = run(*options, "--checkpoint", parts, "--resume")
+    out = run_here(*options, "--checkpoint", parts, "--resume")
     assert f"resuming {checkpoints.path_of(parts, 30)}" in out.splitlines()
     assert "epoch 1/2" not in out
     same(whole, parts)
@@ -79,11 +79,11 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, refused):
     assert "the number of processes was 2, but got 1" in refused(*options, "--resume")
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
+@pytest.fixture
+def stopped(tmp_path, run_here):
     """The folder of a run that was stopped after two steps."""
-    folder = tmp_path_factory.mktemp("stopped")
-    out = run(*SMALL, "--no-fuse", "--checkpoint", folder, "--resume", "--max-steps", 2)
+    folder = tmp_path / "stopped"
+    out = run_here(*SMALL, "--no-fuse", "--checkpoint", folder, "--resume", "--max-steps", 2)
     assert f"no checkpoint in {folder}: starting anew" in out.splitlines()
     return folder
 
@@ -154,12 +154,12 @@ def test_a_resumed_run_has_the_random_numbers_of_the_first(trainer, tmp_path):
     assert (torch.rand(()), np.random.rand(), random.random()) == expected
 
 
-def test_float16_is_resumed_with_its_gradient_scale(tmp_path):
+def test_float16_is_resumed_with_its_gradient_scale(tmp_path, run_here):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = [*SMALL, "--no-fuse", "--amp", "float16", "--channels-last", "--label-smoothing", 0.1]
-    run(*options, "--checkpoint", whole, "--max-steps", 2)
+    run_here(*options, "--checkpoint", whole, "--max-steps", 2)
     for steps in (1, 2):
-        run(*options, "--checkpoint", parts, "--resume", "--max-steps", steps)
+        run_here(*options, "--checkpoint", parts, "--resume", "--max-steps", steps)
     same(whole, parts)
     assert checkpoints.load(newest(whole))["scaler"]["_growth_tracker"] == 2
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from launching import ALONE, SCRIPT, SMALL, TWO, ended, newest, results, run, run_two, same, start
+from launching import ALONE, SCRIPT, SMALL, TWO, ended, newest, run_two, same, start
 from torch.nn.functional import cross_entropy
 from training import checkpoints
 from training.images import DIGITS, Augmented, load_images
@@ -95,19 +95,19 @@ def test_learning_rate_schedule(trainer):
     assert ours.optimizer.param_groups[0]["lr"] == 0
 
 
-def test_fused_and_plain_runs_agree(tmp_path):
-    options = [*SMALL, "--epochs", 1, "--warmup-epochs", 0, "--dtype", "float64"]
-    plain, _ = results(tmp_path / "plain.json", *options, "--no-fuse")
-    fused, out = results(tmp_path / "fused.json", *options)
-    assert str(resfused.fuse_(cifar_resnet(8, 10, 1))) in out
+def test_fused_and_plain_runs_agree(tmp_path, run_here):
+    options = [*SMALL, "--epochs", 1, "--warmup-epochs", 0, "--dtype", "float64", "--json"]
+    run_here(*options, tmp_path / "plain.json", "--no-fuse")
+    assert str(resfused.fuse_(cifar_resnet(8, 10, 1))) in run_here(*options, tmp_path / "fused.json")
+    plain, fused = (json.loads((tmp_path / f"{name}.json").read_text())["epochs"] for name in ("plain", "fused"))
     for name in ("training_loss", "validation_loss", "accuracy"):
         assert [e[name] for e in fused] == pytest.approx([e[name] for e in plain], rel=1e-6)
 
 
-def test_two_processes_with_synchronised_statistics_are_one_with_the_whole_batch(tmp_path):
+def test_two_processes_with_synchronised_statistics_are_one_with_the_whole_batch(tmp_path, run_here):
     options = ["--depth", 8, "--dtype", "float64", "--sync-batchnorm", "--epochs", 1, "--warmup-epochs", 0]
     one, two = tmp_path / "one", tmp_path / "two"
-    run(*options, "--batch-size", 64, "--checkpoint", one)
+    run_here(*options, "--batch-size", 64, "--checkpoint", one)
     run_two(*options, "--batch-size", 32, "--checkpoint", two)
     one, two = checkpoints.load(newest(one)), checkpoints.load(newest(two))
     assert (one["epoch"], two["epoch"]) == (1, 1)
@@ -129,10 +129,10 @@ def test_two_processes_evaluate_what_they_save(tmp_path):
     assert state["history"][0]["accuracy"] == pytest.approx((outputs.argmax(1) == labels).double().mean().item())
 
 
-def test_the_kernels_take_the_steps_that_plain_operators_take(tmp_path):
+def test_the_kernels_take_the_steps_that_plain_operators_take(tmp_path, run_here):
     options = ["--depth", 8, "--batch-size", 4, "--dtype", "float64", "--max-steps", 2, "--checkpoint"]
-    run(*options, tmp_path / "plain", "--no-fuse")
-    run(*options, tmp_path / "kernels", RESFUSED_BACKEND="native")
+    run_here(*options, tmp_path / "plain", "--no-fuse")
+    run_here(*options, tmp_path / "kernels")
     plain, fused = (checkpoints.load(newest(tmp_path / name))["model"] for name in ("plain", "kernels"))
     torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)
     assert not torch.equal(fused["3.bn1.running_var"], plain["3.bn1.running_var"])
@@ -181,16 +181,16 @@ def folder(tmp_path):
 
 
 @pytest.mark.skipif(find_spec("torchvision") is None, reason="needs torchvision")
-def test_a_folder_of_images(folder):
+def test_a_folder_of_images(folder, run_here):
     whole, parts, results = folder / "whole", folder / "parts", folder / "results.json"
     options = [
         "--data", folder, "--image-size", 16, "--depth", 8, "--batch-size", 4, "--epochs", 8, "--lr", 0.02,
         "--workers", 1, "--no-fuse",
     ]  # fmt: skip
-    run(*options, "--checkpoint", whole, "--json", results)
+    run_here(*options, "--checkpoint", whole, "--json", results)
     assert json.loads(results.read_text())["epochs"][-1]["accuracy"] == 1
     for extra in (["--max-steps", 9], ["--resume"]):
-        run(*options, "--checkpoint", parts, *extra)
+        run_here(*options, "--checkpoint", parts, *extra)
     same(whole, parts)
 
 
