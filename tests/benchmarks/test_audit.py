@@ -149,16 +149,22 @@ COVERING = covering(
 OTHER_ACTIVATIONS = covering(layout=offline.LAYOUTS, form=offline.OTHER_FORMS, phase=BOTH_WAYS).args[1]
 
 
-def compiling(program: list[str], tmp_path: Path) -> Any:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Triton's, in which what is compiled again is found."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def compiling(program: list[str], cache: Path) -> Any:
     """The JSON that a process prints, which compiles whatever this one does."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["TRITON_CACHE_DIR"] = str(cache)
     environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])
     command = [sys.executable, *program]
     return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
 
-def audited(cases: list[tuple], tmp_path: Path) -> list[dict]:
+def audited(cases: list[tuple], cache: Path) -> list[dict]:
     """The rows of (architecture, layout, form, phase, shape) in bfloat16, all read back; with what they break."""
     program = (
         "import json, sys; from dataclasses import asdict; from count import audit, budgets;"
@@ -167,7 +173,7 @@ def audited(cases: list[tuple], tmp_path: Path) -> list[dict]:
         "rows = [asdict(r) | {'broken': budgets.violations(r, budgets.ALWAYS)} for f in found for r in f.rows];"
         "print(json.dumps([rows, sum((f.unread for f in found), [])]))"
     )
-    rows, unread = compiling(["-c", program, json.dumps(cases)], tmp_path)
+    rows, unread = compiling(["-c", program, json.dumps(cases)], cache)
     assert unread == []
     return rows
 
@@ -177,8 +183,8 @@ def broken(rows: list[dict]) -> set[tuple]:
     return {(*(row[name] for name in names), str(row["shape"]), v) for row in rows for v in row["broken"]}
 
 
-def test_budgets_hold(tmp_path: Path) -> None:
-    rows = audited(list(product(["sm_90"], offline.LAYOUTS, FORMS, BOTH_WAYS, [EVEN])), tmp_path)
+def test_budgets_hold(cache: Path) -> None:
+    rows = audited(list(product(["sm_90"], offline.LAYOUTS, FORMS, BOTH_WAYS, [EVEN])), cache)
     streaming = {kernel for kernel, _ in launch_table.STREAMING}
     assert {row["kernel"] for row in rows if row["loop"]} == streaming
     assert {row["kernel"] for row in rows if row["least_width"] == 128} == streaming
@@ -193,20 +199,20 @@ def test_budgets_hold(tmp_path: Path) -> None:
             assert all(0 < bandwidth <= CARDS[card].copy for card, (bandwidth, _) in loop["ceilings"].items())
 
 
-def test_other_activations_hold(tmp_path: Path) -> None:
-    rows = audited([("sm_90", *case, EVEN) for case in OTHER_ACTIVATIONS], tmp_path)
+def test_other_activations_hold(cache: Path) -> None:
+    rows = audited([("sm_90", *case, EVEN) for case in OTHER_ACTIVATIONS], cache)
     assert broken(rows) == set()
     of_their_own = {(row["form"], row["kernel"]) for row in rows if row["loop"] and row["kernel"] != "statistics"}
     assert of_their_own == budgets.OTHERS.keys()
 
 
-def test_other_cards_and_shapes_compile(tmp_path: Path) -> None:
-    assert broken(audited(COVERING, tmp_path)) == set()
+def test_other_cards_and_shapes_compile(cache: Path) -> None:
+    assert broken(audited(COVERING, cache)) == set()
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_loops_counted_by_hand(architecture: str, tmp_path: Path) -> None:
-    single, staged, pairs = compiling([str(Path(__file__).with_name("loop_kernels.py")), architecture], tmp_path)
+def test_loops_counted_by_hand(architecture: str, cache: Path) -> None:
+    single, staged, pairs = compiling([str(Path(__file__).with_name("loop_kernels.py")), architecture], cache)
     of_a_copy = {"elements": 16, "loaded": 1, "moved": 4, "bytes": 32}
     assert single.items() >= {**of_a_copy, "first": 32, "round_trips": 1}.items()
     # Of three stages, two tiles are on their way when the oldest is waited for.
