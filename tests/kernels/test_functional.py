@@ -1,7 +1,7 @@
 """The three forms against PyTorch in float64: values, gradients, running statistics."""
 
 from dataclasses import replace
-from itertools import chain, combinations, product
+from itertools import chain, combinations
 from unittest import mock
 
 import pytest
@@ -40,18 +40,17 @@ def test_values(form, training, layout, shape, dtype, device):
 
 
 @covering(
-    form=FORMS, training=MODES, activation=[*product([(3, 37, 5, 5), (2, 16, 8, 8), (3, 3, 9, 31)], LAYOUTS)],
-    dtype=DTYPES, launches=LAUNCHES, indirect=("launches",), together=("form", "training", "activation"),
+    form=FORMS, training=MODES, shape=[(3, 19, 5, 5), (2, 16, 8, 8), (3, 3, 5, 31)], layout=LAYOUTS, dtype=DTYPES,
+    launches=LAUNCHES, indirect=("launches",), together=("training", "shape", "layout"),
 )  # fmt: skip
-def test_values_when_every_loop_turns(form, training, activation, dtype, device, small_launches, launches):
-    shape, layout = activation
+def test_values_when_every_loop_turns(form, training, shape, layout, dtype, device, small_launches, launches):
     check(problem(form, shape, dtype, device, training=training, layout=layout))
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_values_of_any_shape(data, device, small_launches, launches):
-    shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=5), label="shape"))
+    shape = tuple(data.draw(st.lists(st.integers(1, 7), min_size=2, max_size=5), label="shape"))
     training = data.draw(st.booleans(), label="training")
     if training and torch.Size(shape).numel() == shape[1]:
         shape = (2 * shape[0], *shape[1:])
@@ -62,7 +61,7 @@ def test_values_of_any_shape(data, device, small_launches, launches):
 
 
 def test_values_of_many_elements(device, launches):
-    check(problem("norm+add+relu", (2, 65, 56, 56), torch.float32, device, layout="channels_last"))
+    check(problem("norm+add+relu", (2, 33, 48, 48), torch.float32, device, layout="channels_last"))
     check(problem("norm+add(norm)+relu", (2, 3, 112, 112), torch.float32, device))
 
 
@@ -134,8 +133,7 @@ def test_absent_running_statistics(form, device):
     check(p.with_(**{name: None for name in p.tensors if "running" in name}))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@covering(form=FORMS, training=MODES, launches=LAUNCHES, indirect=("launches",))
 def test_any_subset_of_gradients(form, training, device, launches):
     p = problem(form, (3, 5, 2, 3), torch.float64, device, training=training)
     names = [n for n in ("input", "residual", *PARAMETERS) if n in p.tensors]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from covering import covering
 from oracle import FORMS, LAYOUTS, TOLERANCE, assert_close, problem, run
 from resfused.kernels.geometry import Geometry
 from resfused.kernels.gpu import launch_table
@@ -44,12 +45,13 @@ def test_order_of_the_work(programs, slice_blocks, channel_blocks):
             assert {(0, block, p) for p in range(programs)} <= set(before)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("l2_bytes", [0, 2**11, 2**14], ids=["one slice", "narrow slices", "wide slices"])
-def test_values(form, layout, l2_bytes, device, small_launches, monkeypatch):
+L2_BYTES = {"one slice": 0, "narrow slices": 2**11, "wide slices": 2**14}
+
+
+@covering(form=FORMS, layout=LAYOUTS, slices=L2_BYTES)
+def test_values(form, layout, slices, device, small_launches, monkeypatch):
     monkeypatch.setattr(launch_table, "ONE_LAUNCH_ELEMENTS", launch_table.EVERY_NODE)
-    monkeypatch.setattr(launch_table, "l2_bytes", lambda device: l2_bytes)
+    monkeypatch.setattr(launch_table, "l2_bytes", lambda device: L2_BYTES[slices])
     for shape, dtype in (((2, 75, 3, 5), torch.float64), ((3, 40, 4, 4), torch.float32), ((6, 1, 3, 2), torch.float64)):
         p = problem(form, shape, dtype, device, layout=layout)
         assert_close(run(fused, p), run(reference, p, torch.float64), TOLERANCE[dtype])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import LAUNCHES, covering
 from oracle import FORMS, LAYOUTS, STATISTICS, problem, run
 from resfused.kernels.gpu import launch_table
 
@@ -41,10 +42,11 @@ def untouched(zone):
     return (zone == POISON[zone.dtype]).all() if zone.dtype in POISON else zone.isnan().all()
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
-@pytest.mark.parametrize("shape", [(3, 37, 5, 5), (2, 16, 3, 8), (5, 3, 1, 1), (2, 1, 3, 3), (33, 5, 3, 3)], ids=str)
+@covering(
+    form=FORMS, layout=LAYOUTS, training=[True, False], launches=LAUNCHES, indirect=("launches",),
+    shape=[(3, 37, 5, 5), (2, 16, 3, 8), (5, 3, 1, 1), (2, 1, 3, 3), (33, 5, 3, 3)],
+    together=("layout", "training", "shape"),
+)  # fmt: skip
 def test_outputs_whole_and_surroundings_untouched(form, layout, training, shape, device, guarded, request, launches):
     for small in (False, True):
         if small:
@@ -80,8 +82,7 @@ def test_a_ragged_last_slice_writes_nothing_beside_it(form, layout, device, guar
         assert untouched(whole[GUARD + part.numel() :])
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@covering(form=FORMS, layout=LAYOUTS, launches=LAUNCHES, indirect=("launches",))
 def test_inputs_are_not_read_beyond_their_ends(form, layout, device, launches):
     """Every tensor lies between NaNs: one that is read into a result shows."""
     p = problem(form, (3, 19, 5, 3), torch.float32, device, layout=layout)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from covering import covering
 from oracle import FORMS, LAYOUTS, TOLERANCE, assert_close, problem, relative_error, run
 from resfused.kernels.activation import RELU
 from torch import nn
@@ -153,9 +154,10 @@ def phase_by_phase(phase, p):
     return results, local
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("phase", [ops, phases], ids=["kernels", "torch"])
+PHASES = {"kernels": ops, "torch": phases}
+
+
+@covering(form=FORMS, layout=LAYOUTS, phase=PHASES)
 def test_phases(form, layout, phase, device, small_launches):
     """Many programs and ragged tiles, small planes walked by columns, and other strides in between."""
     for shape, dtype in (((4, 18, 3, 5), torch.float64), ((40, 3, 7, 7), torch.float32), ((9, 5), torch.float64)):
@@ -163,7 +165,7 @@ def test_phases(form, layout, phase, device, small_launches):
         if shape == (9, 5):
             p = p.with_(input=p.tensors["input"].t().contiguous().t())
         expected = {k: v for k, v in run(reference, p, torch.float64).items() if "running" not in k}
-        actual, local = phase_by_phase(phase, p)
+        actual, local = phase_by_phase(PHASES[phase], p)
         assert_close(actual, expected, TOLERANCE[dtype])
         activations = [p.tensors["input"], p.tensors.get("residual")][: len(local) // 2]
         axes = [d for d in range(len(shape)) if d != 1]
