@@ -42,6 +42,7 @@ from .norms import (
 )
 from .operator import FusedResidualBlock, SynchronisedResidualBlock
 from .version import __version__
+from .warming import warm_up
 
 __all__ = [
     "ACTIVATIONS",
@@ -85,4 +86,5 @@ __all__ = [
     "tail",
     "unfuse_",
     "use_backend",
+    "warm_up",
 ]

@@ -433,6 +433,13 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "check changes statistics": "module._buffers[name] = buffer«.copy_(value)→»",
         "check changes modes": "            module.training = «mode→True»",
         "norm told to run that did not": "if module is not None« and tensors is not None→»"},
+    ("warming.py", "test_warming.py"): {
+        "what was not launched left as it was": "if «len(self._missing) > before→False»",
+        "no backward warmed up": "    if «leaves→()»:\n        torch",
+        "no evaluation warmed up": "with torch.no_grad():\n            «_apart(model, inputs, named)→pass»"},
+    ("ahead.py", "test_warming.py"): {
+        "kernels of others not launched": "if «fn.module.rpartition(\".\")[0] != __package__→False»",
+        "compiled one after the other": "ThreadPoolExecutor(«os.cpu_count()→1»)"},
     ("pairs.py", "test_fuse_reads.py::test_a_pair_is_not_changed_in_place"): {
         "pair changed in place": "return []« if user.args[0] is not node else None→»"},
     ("pairs.py", f"{HOOKS}::test_the_fused_chain_is_what_these_tests_take_it_for"): {

@@ -4,7 +4,7 @@ from triton import knobs
 
 from ..call import Gradients, Kept, Norm, accumulator
 from ..geometry import dense, geometry, unpack_mask
-from . import launch_table
+from . import ahead, launch_table
 from .backward import backward, input_gradients, local_sums
 from .forward import forward, local_statistics, normalise
 
@@ -17,6 +17,7 @@ __all__ = [
     "Kept",
     "Norm",
     "accumulator",
+    "ahead",
     "backward",
     "dense",
     "forward",

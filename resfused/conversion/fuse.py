@@ -80,10 +80,15 @@ def _check(model: object, filter_fn: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn must be callable or None, but got {type(filter_fn).__name__}")
-    # Importing torch._dynamo takes as long as torch itself; before it is, there is no compiled module.
-    dynamo = sys.modules.get("torch._dynamo")
     for name, module in model.named_modules():
-        wrapped = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
-        if wrapped or module._compiled_call_impl is not None:
+        if is_compiled(module):
             where = f"its submodule {name}" if name else "it"
             raise ValueError(f"model must not be compiled yet, but {where} is: call fuse_ first, then torch.compile")
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has wrapped it, or its call."""
+    # Importing torch._dynamo takes as long as torch itself; before it is, there is no compiled module.
+    dynamo = sys.modules.get("torch._dynamo")
+    wrapped = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    return wrapped or module._compiled_call_impl is not None

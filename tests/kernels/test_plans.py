@@ -1,33 +1,16 @@
 """Launch plans: what is compiled is called again only where it fits, on Triton's launcher above a driver of stubs."""
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from stubbed import results_of
 
 pytestmark = pytest.mark.interpreter
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What plan_cases.py prints."""
-    if shutil.which("cc") is None:
-        pytest.skip("the driver of stubs needs a C compiler, and there is none")
-    folder = tmp_path_factory.mktemp("driver")
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "RESFUSED_BACKEND")}
-    root = TESTS.parent.parent
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "benchmarks"), *sys.path])
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "plan_cases.py"), str(folder)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return results_of(Path(__file__).parent / "plan_cases.py", tmp_path_factory)
 
 
 @pytest.mark.parametrize("change", ["first", "shape", "layout", "dtype", "alignment"])
