@@ -316,6 +316,7 @@ COMMANDS = {
     "traffic": Command("count.traffic", _traffic),
     "cpu-traffic": Command("count.cpu_traffic", _json),
     "audit": Command("count.audit", _audit),
+    "accuracy": Command("count.accuracy", _json),
     "host": Command("count.host", _host),
     "coverage": Command("count.coverage", _coverage),
 }
