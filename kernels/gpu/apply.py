@@ -11,7 +11,16 @@ from torch import Tensor
 from ..activation import Activation
 from .launching import Backward, activation_options, tile_options
 from .plans import Made
-from .reduce import Gradient, InputGradients, Saved, activation_gradient, load_centred, load_gradient, shortcut
+from .reduce import (
+    Gradient,
+    InputGradients,
+    Saved,
+    activation_gradient,
+    load_bits,
+    load_centred,
+    load_gradient,
+    shortcut,
+)
 from .tile import (
     NormVectors,
     Order,
@@ -71,6 +80,7 @@ def apply(
         group, block = in_order(next_group, next_block, walk, order.REVERSED, tiling.CHANNELS_LAST)
         next_group, next_block = next_place(next_group, next_block, walk.stride, tiling.CHANNELS_LAST)
         start, local, inside = locate(group, block, walk, tiling)
+        bits = None if IS_DZ else load_bits(saved.mask, group, block, walk, activation, tiling)
         z = None
         if saved.x is not None:
             x = load_centred(saved.x, start, local, inside, own, order.EVICT, tiling.ACC)
@@ -81,7 +91,7 @@ def apply(
                 z += shortcut(residual, other)
         dz = load_gradient(gradient, start, local, inside, order.EVICT, tiling.ACC)
         if not IS_DZ:
-            dz = activation_gradient(dz, z, saved.mask, group, block, walk, inside, activation, tiling)
+            dz = activation_gradient(dz, z, bits, inside, activation)
         if out.dz is not None:
             store(out.dz + start + local, dz, inside)
         if out.dx is not None:

@@ -132,20 +132,21 @@ def streaming(
 
     Of two ``norms`` the statistics are taken side by side; elsewhere they share a tile, of half the elements for their
     vectors. Where a ``forked`` output's second gradient comes on top, those of apply over channels_last take another
-    half; so do the addresses of the statistics' loads where those are narrow. For so many ``multiprocessors``, or
-    without a number MULTIPROCESSORS.
+    half, and half as many programs again have room, whose loads are in flight; the addresses of the statistics' loads
+    take a half where those are narrow. For so many ``multiprocessors``, or without a number MULTIPROCESSORS.
     """
     size = g.numel
     entry = next(e for limit, e in STREAMING[kernel, g.channels_last] if limit is None or size <= limit)
     activations = norms if kernel == "statistics" else 1
     elements = entry.elements // (2 if wide else 1) // (norms // activations)
+    resident = (multiprocessors or MULTIPROCESSORS) * entry.programs
     if forked and norms == 2 and kernel == "apply" and g.channels_last:
         elements //= 2
+        resident += 0 if wide else resident // 2
     if kernel == "statistics" and not wide and g.inner % 8 != 0:
         elements //= 2
     positions, channels = _tile(g, elements, entry.inner)
     channel_blocks = -(-g.columns // channels)
-    resident = (multiprocessors or MULTIPROCESSORS) * entry.programs
     programs = _programs(_steps(kernel, g, positions), activations * channel_blocks, resident)
     block_bytes = g.numel // channel_blocks * (8 if wide else 4)
     channel_major = CHANNEL_MAJOR and g.channels_last and block_bytes <= CHANNEL_MAJOR_BYTES

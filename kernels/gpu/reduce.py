@@ -90,14 +90,26 @@ def shortcut(residual, norm):
 
 
 @triton.jit
-def activation_gradient(dy, z, mask, group, block, walk, inside, activation: tl.constexpr, tiling: tl.constexpr):
-    """dy times the derivative of the activation, by its mask or, where the forward kept none, at the same z."""
+def load_bits(mask, group, block, walk, activation: tl.constexpr, tiling: tl.constexpr):
+    """A tile's bytes of the mask, None where the derivative does not depend on them.
+
+    Before a tile's other loads: what is so narrow comes in no stage ahead, and so is on its way while those are waited
+    for.
+    """
+    if mask is None or activation.name == "identity":
+        return None
+    else:
+        start, local, inside = locate_bits(group, block, walk, tiling)
+        return tl.load(mask + start + local, mask=inside, other=0)
+
+
+@triton.jit
+def activation_gradient(dy, z, bits, inside, activation: tl.constexpr):
+    """dy times the derivative of the activation, by its ``bits`` or, where the forward kept none, at the same z."""
     if activation.name == "identity":
         return dy
-    elif mask is not None:
-        start, local, bits_inside = locate_bits(group, block, walk, tiling)
-        first = unpack_bits(tl.load(mask + start + local, mask=bits_inside, other=0))
-        return gradient_by_bits(dy, first, activation)
+    elif bits is not None:
+        return gradient_by_bits(dy, unpack_bits(bits), activation)
     else:
         return gradient_at(dy, z, inside, activation)
 
@@ -123,6 +135,7 @@ def reduce(
         group, block = next_group, next_block
         next_group, next_block = next_place(group, block, walk.stride, tiling.CHANNELS_LAST)
         start, local, inside = locate(group, block, walk, tiling)
+        bits = load_bits(saved.mask, group, block, walk, activation, tiling)
         z = None
         if saved.x is not None:
             x = load_centred(saved.x, start, local, inside, own, "", tiling.ACC)
@@ -132,7 +145,7 @@ def reduce(
             if saved.x is not None:
                 z += shortcut(residual, other)
         dz = load_gradient(gradient, start, local, inside, "", tiling.ACC)
-        dz = activation_gradient(dz, z, saved.mask, group, block, walk, inside, activation, tiling)
+        dz = activation_gradient(dz, z, bits, inside, activation)
         if out.dz is not None:
             store(out.dz + start + local, dz, inside)
         if out.dx is not None:
