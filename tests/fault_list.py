@@ -437,6 +437,9 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
         "what was not launched left as it was": "if «len(self._missing) > before→False»",
         "no backward warmed up": "    if «leaves→()»:\n        torch",
         "no evaluation warmed up": "with torch.no_grad():\n            «_apart(model, inputs, named)→pass»"},
+    ("launch_table.py", "test_launch_file.py"): {
+        "as few programs where a fork halves the tile": "resident += 0 if «wide→True»",
+        "as many programs in float64": "resident += 0 if «wide→False»"},
     ("ahead.py", "test_warming.py"): {
         "kernels of others not launched": "if «fn.module.rpartition(\".\")[0] != __package__→False»",
         "compiled one after the other": "ThreadPoolExecutor(«os.cpu_count()→1»)"},

@@ -72,12 +72,21 @@ def test_the_file_says_what_is_in_force() -> None:
 
 
 def test_a_fork_halves_the_tile_of_apply_alone() -> None:
-    """And no other's, whose registers have room for the second gradient."""
+    """And no other's, whose registers have room for the second gradient; half as many programs again fit beside."""
     for (kernel, channels_last), norms in product(launch_table.STREAMING, (1, 2)):
         g = Geometry(channels_last, 1, 2**20, 256)
-        tiles = [launch_table.streaming(kernel, g, norms=norms, forked=forked)[:2] for forked in (False, True)]
-        whole, of_fork = (positions * channels for positions, channels in tiles)
-        assert whole == of_fork * (2 if (kernel, channels_last, norms) == ("apply", True, 2) else 1)
+        launches = [launch_table.streaming(kernel, g, norms=norms, forked=forked) for forked in (False, True)]
+        whole, of_fork = (launch.block_positions * launch.block_channels for launch in launches)
+        halved = (kernel, channels_last, norms) == ("apply", True, 2)
+        assert whole == of_fork * (2 if halved else 1)
+        assert launches[1].grid[0] == launches[0].grid[0] * (1.5 if halved else 1)
+
+
+def test_in_float64_no_more_programs_fit_beside_a_fork() -> None:
+    g = Geometry(True, 1, 2**20, 256)
+    whole, of_fork = (launch_table.streaming("apply", g, True, 2, forked=forked) for forked in (False, True))
+    assert whole.block_positions == 2 * of_fork.block_positions
+    assert whole.grid == of_fork.grid
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
