@@ -1,4 +1,4 @@
-"""The library's launches, compiled for GPUs that are not there, keep the budgets of ``benchmarks/audit.py``."""
+"""The library's launches, compiled for GPUs that are not there, keep the budgets of ``benchmarks/count/audit.py``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from covering import covering
 from resfused.kernels.gpu import launch_table
 from workloads.nodes import FORMS, resnet50_nodes
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 LOOP = budgets.Loop(
     elements=16,
