@@ -22,6 +22,8 @@ IN_CPP: dict[tuple[str, str], dict[str, str]] = {
         "C++: an identity with a slope": "return «name() != kIdentity→true»;"},
     ("backward.cpp", "test_native_oracle.py -k 'test_values_of_activations and phases'"): {
         "C++: a sum with an input that was not kept": "[c] = «is_kept ? →»static_cast<A>(sums[row])« : A(0)→»;"},
+    ("backward.cpp", ACTIVATIONS): {
+        "C++: dz not read where it waits": "call_.dz.data == call.dx.data) && «!→»p.channel_by_channel())"},
     ("backward.cpp", NATIVE): {
         "C++: the sign of a slope": "static_cast<A>(«-→»scale * rstd(i, c) * mean_dz_x)"},
     ("columns.h", NATIVE): {

@@ -28,6 +28,7 @@ class GradientLoops {
  public:
   // Of dz, dz (x - mean), and dz (residual - mean).
   static constexpr int kSumRows = 1 + NORMS;
+  static constexpr bool kSlow = Chosen::kSlow;
 
   // What the loops read beside the activations, and how far rows of these and of their mask lie apart.
   struct Beside {

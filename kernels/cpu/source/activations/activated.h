@@ -19,6 +19,8 @@ class Activated {
  public:
   // Whether a derivative may have any value, also none, and is made of a residual without a norm too.
   static constexpr bool kSmooth = NAME == kAny || NAME >= kSilu;
+  // Whether a slope takes longer than what it is made of takes to come from memory.
+  static constexpr bool kSlow = kSmooth && NAME != kHardswish;
 
   explicit Activated(const Function& f)
       : name_(NAME == kAny ? f.name : NAME), negative_slope_(static_cast<A>(f.negative_slope)) {}
