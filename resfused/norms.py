@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .frozen import frozen, is_frozen_norm
 from .kernels.activation import RELU, Activation, activation_of
 from .kernels.call import Norm
 from .operator import synchronised
@@ -17,8 +18,11 @@ from .operator.dispatch import normalise_add_activate
 from .reference import activate
 
 
-def _call(norm: _BatchNorm) -> tuple[bool, Norm]:
+def _call(norm: nn.Module, input: Tensor) -> tuple[bool, Norm]:
     """What ``nn.BatchNorm.forward`` passes to ``F.batch_norm``: whether to take the batch's statistics, the rest."""
+    if is_frozen_norm(norm):
+        return False, frozen(norm).norm(input.dtype)
+    assert isinstance(norm, _BatchNorm)
     mean, var = norm.running_mean, norm.running_var
     if norm.training and not norm.track_running_stats:
         mean = var = None
@@ -30,24 +34,34 @@ def _call(norm: _BatchNorm) -> tuple[bool, Norm]:
     return _takes_batch_statistics(norm), Norm(norm.weight, norm.bias, mean, var, momentum, norm.eps)
 
 
-def _takes_batch_statistics(norm: _BatchNorm) -> bool:
+def _takes_batch_statistics(norm: Any) -> bool:
+    if is_frozen_norm(norm):
+        return False
     return bool(norm.training) or (norm.running_mean is None and norm.running_var is None)
 
 
-def _counter(norm: _BatchNorm) -> Tensor | None:
+def _counter(norm: Any) -> Tensor | None:
     """``num_batches_tracked`` where this call counts."""
-    return norm.num_batches_tracked if norm.training and norm.track_running_stats else None
+    counts = norm.training and not is_frozen_norm(norm) and norm.track_running_stats
+    return norm.num_batches_tracked if counts else None
 
 
-def _count(norm: _BatchNorm | None) -> None:
+def _count(norm: nn.Module | None) -> None:
     counter = None if norm is None else _counter(norm)
     if counter is not None:
         counter.add_(1)
 
 
 def is_norm(module: object) -> bool:
-    """Whether its forward is PyTorch's batch norm, which ``tail`` computes: not a subclass's own."""
-    return isinstance(module, _BatchNorm) and type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    """Whether its forward is PyTorch's batch norm or a frozen one, which ``tail`` computes: not a subclass's own."""
+    if not isinstance(module, _BatchNorm):
+        return is_frozen_norm(module)
+    return type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+def is_batch_norm(module: object) -> bool:
+    """Whether it is a BatchNorm by its class, or a frozen one by its name, whatever its forward computes."""
+    return isinstance(module, _BatchNorm) or is_frozen_norm(module) or "FrozenBatchNorm" in type(module).__name__
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -62,7 +76,7 @@ def is_watched(module: nn.Module) -> bool:
     )
 
 
-def _process_group(norm: _BatchNorm) -> Any:
+def _process_group(norm: nn.Module) -> Any:
     """The processes that ``nn.SyncBatchNorm.forward`` takes statistics over; None where it takes its own alone."""
     if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available() and dist.is_initialized()):
         return None
@@ -70,12 +84,19 @@ def _process_group(norm: _BatchNorm) -> Any:
     return process_group if dist.get_world_size(process_group) > 1 else None
 
 
-def _fuses(norm: _BatchNorm) -> bool:
-    """Whether calling it is what ``_fused`` does with it."""
-    return is_norm(norm) and not is_watched(norm) and "forward" not in norm.__dict__
+def _fuses(norm: nn.Module, input: Tensor) -> bool:
+    """Whether calling it with the input is what ``_fused`` does with both."""
+    if not is_norm(norm) or is_watched(norm) or "forward" in norm.__dict__:
+        return False
+    return not is_frozen_norm(norm) or frozen(norm).fits(input)
 
 
-def _agree(norm: _BatchNorm, residual_norm: _BatchNorm) -> bool:
+def normed_dtype(norm: nn.Module | None, input: Tensor) -> Tensor:
+    """The input in the dtype of norm(input), which of a frozen norm may be a wider one."""
+    return input.to(frozen(norm).dtype(input)) if is_frozen_norm(norm) else input  # type: ignore[arg-type]
+
+
+def _agree(norm: nn.Module, residual_norm: nn.Module) -> bool:
     """Whether both are in the same mode, over the same processes."""
     # Not through _call, which with momentum=None waits for the device.
     same_mode = _takes_batch_statistics(norm) == _takes_batch_statistics(residual_norm)
@@ -83,10 +104,10 @@ def _agree(norm: _BatchNorm, residual_norm: _BatchNorm) -> bool:
 
 
 def tail(
-    norm: _BatchNorm,
+    norm: nn.Module,
     input: Tensor,
     residual: Tensor | None = None,
-    residual_norm: _BatchNorm | None = None,
+    residual_norm: nn.Module | None = None,
     activation: str | Activation = RELU,
 ) -> Tensor:
     """activation(norm(input) + s) with the bookkeeping of the modules: modes, running statistics, num_batches_tracked.
@@ -95,19 +116,21 @@ def tail(
     or with a parameter ``resfused.Activation("leaky_relu", 0.2)``. Shapes, dtypes and errors are those of
     ``resfused.functional``, with the modules' own rank check (ValueError); TypeError for a norm that is no BatchNorm,
     and for a missing ``residual`` of a ``residual_norm``. ``nn.SyncBatchNorm`` takes its statistics over its process
-    group where its own forward would, on the CPU too.
+    group where its own forward would, on the CPU too. The ``FrozenBatchNorm2d`` of torchvision, timm and detectron2 are
+    norms in evaluation, with a result in the dtype that theirs has.
 
     Called as they are, unfused: modules with hooks; subclasses with a forward of their own, say timm's BatchNormAct2d;
-    of two norms in different modes or over different processes the residual's; one norm given twice.
+    of two norms in different modes or over different processes the residual's; one norm given twice; a frozen norm of
+    anything but (N, C, H, W).
     """
     return forked_tail(norm, input, residual, residual_norm, activation_of(activation), forked=False)[0]
 
 
 def forked_tail(
-    norm: _BatchNorm,
+    norm: nn.Module,
     input: Tensor,
     residual: Tensor | None = None,
-    residual_norm: _BatchNorm | None = None,
+    residual_norm: nn.Module | None = None,
     activation: Activation = RELU,
     forked: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -117,32 +140,38 @@ def forked_tail(
         _check_batch_norm("residual_norm", residual_norm)
     if residual is not None or residual_norm is not None:
         check_tensor("residual", residual)
-    if not _fuses(norm) or norm is residual_norm:
+    check_tensor("input", input)
+    if not _fuses(norm, input) or norm is residual_norm:
         y = norm(input)
         if residual is not None:
             y = y + (residual if residual_norm is None else residual_norm(residual))
         y = activate(y, activation)
         return y, y
-    if residual_norm is not None and not (_fuses(residual_norm) and _agree(norm, residual_norm)):
-        _checked(norm, input, residual if _fuses(residual_norm) else None)
-        residual, residual_norm = residual_norm(residual), None
+    input = normed_dtype(norm, input)
+    if residual_norm is not None and residual is not None:
+        fuses = _fuses(residual_norm, residual)
+        if fuses and _agree(norm, residual_norm):
+            residual = normed_dtype(residual_norm, residual)
+        else:
+            _checked(norm, input, residual if fuses else None)
+            residual, residual_norm = residual_norm(residual), None
     return _fused(norm, input, residual, residual_norm, activation, forked)
 
 
 def _check_batch_norm(name: str, norm: object) -> None:
     # A compiled module is none, and holds one.
-    if not isinstance(norm, _BatchNorm) and not isinstance(getattr(norm, "_orig_mod", None), _BatchNorm):
+    if not is_batch_norm(norm) and not is_batch_norm(getattr(norm, "_orig_mod", None)):
         raise TypeError(
-            f"{name} must be a BatchNorm, one of torch.nn.BatchNorm1d, 2d, 3d, SyncBatchNorm or a subclass, "
-            f"but got {type(norm).__name__}"
+            f"{name} must be a BatchNorm, one of torch.nn.BatchNorm1d, 2d, 3d, SyncBatchNorm or a subclass, or a "
+            f"FrozenBatchNorm2d, but got {type(norm).__name__}"
         )
 
 
 def _fused(
-    norm: _BatchNorm,
+    norm: nn.Module,
     input: Tensor,
     residual: Tensor | None = None,
-    residual_norm: _BatchNorm | None = None,
+    residual_norm: nn.Module | None = None,
     activation: Activation = RELU,
     forked: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -157,23 +186,24 @@ def _fused(
 
 
 def _checked(
-    norm: _BatchNorm, input: Tensor, residual: Tensor | None, residual_norm: _BatchNorm | None = None
+    norm: nn.Module, input: Tensor, residual: Tensor | None, residual_norm: nn.Module | None = None
 ) -> tuple[bool, Norm, Norm | None, Any]:
     """Whether to take the batch's statistics, the norms' own arguments, the process group: all checked."""
     _check_input("input", norm, input)
-    training, own = _call(norm)
+    training, own = _call(norm, input)
     residual_own = None
-    if residual_norm is not None:
+    if residual_norm is not None and residual is not None:
         _check_input("residual", residual_norm, residual)
-        _, residual_own = _call(residual_norm)
+        _, residual_own = _call(residual_norm, residual)
     process_group = _process_group(norm)
     check_call(input, residual, own, residual_own, training, synchronised=process_group is not None)
     return training, own, residual_own, process_group
 
 
-def _check_input(name: str, norm: _BatchNorm, input: Any) -> None:
+def _check_input(name: str, norm: nn.Module, input: Any) -> None:
     check_tensor(name, input)
-    norm._check_input_dim(input)
+    if isinstance(norm, _BatchNorm):
+        norm._check_input_dim(input)
     if isinstance(norm, nn.SyncBatchNorm):
         norm._check_non_zero_input_channels(input)
 

@@ -1,6 +1,6 @@
 """Breaks the library, a fault at a time, and runs the tests that should see it: a survivor is a missing test.
 
-``python tests/faults.py [NAME ...] [--jobs N] [--check] [--list]``: NAME is a fault of the three lists, or a part of
+``python tests/faults.py [NAME ...] [--jobs N] [--check] [--list]``: NAME is a fault of the lists, or a part of
 its name or file. Each fault is put into a copy of the tree. ``--check`` first runs the same tests on a copy without
 faults. Exit status: 0 where every fault was killed, else 1.
 """
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from activation_faults import ACTIVATION_FAULTS
+from conversion_faults import CONVERSION_FAULTS
 from fault_list import BY_FILE_AND_TESTS
 from native_fault_list import IN_CPP
 
@@ -56,8 +57,9 @@ class Fault(NamedTuple):
 
 FAULTS = tuple(
     Fault(name, file, CHANGE.sub(r"\1", code), CHANGE.sub(r"\2", code), tests)
-    for (file, tests), faults in (*BY_FILE_AND_TESTS.items(), *ACTIVATION_FAULTS.items(), *IN_CPP.items())
-    for name, code in faults.items()
+    for faults in (BY_FILE_AND_TESTS, ACTIVATION_FAULTS, CONVERSION_FAULTS, IN_CPP)
+    for (file, tests), of_tests in faults.items()
+    for name, code in of_tests.items()
 )
 
 

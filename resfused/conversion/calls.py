@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
 from .. import functional
+from ..frozen import Frozen
 from ..kernels.activation import Activation
-from ..norms import forked_tail
+from ..norms import forked_tail, normed_dtype
 from ..reference import activate
 
 
 def tail_pair(
-    norm: _BatchNorm,
+    norm: nn.Module,
     input: Tensor,
     residual: Tensor | None,
-    residual_norm: _BatchNorm | None,
+    residual_norm: nn.Module | None,
     activation: Activation,
     kept: str | None,
     forked: bool,
@@ -31,6 +31,9 @@ def tail_pair(
     """
     if residual is None:
         return forked_tail(norm, input, activation=activation, forked=forked)
+    input = normed_dtype(norm, input)
+    if residual_norm is not None:
+        residual = normed_dtype(residual_norm, residual)
     dtype = _dtype(input, residual, kept)
     if residual.shape != input.shape:
         z = norm(input) + (residual if residual_norm is None else residual_norm(residual))
@@ -63,6 +66,45 @@ def functional_tail(
     else:
         y = activate(F.batch_norm(*own) + residual, activation)
     return y if residual is None else y.to(_dtype(input, residual, kept))
+
+
+def frozen_batch_norm(
+    input: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """What torchvision and those after it write for a norm whose statistics and parameters are fixed."""
+    mean, var, weight, bias = (t.reshape(1, -1, 1, 1) for t in (running_mean, running_var, weight, bias))
+    scale = weight * (var + eps).rsqrt()
+    return input * scale + (bias - mean * scale)
+
+
+def frozen_tail(
+    own: tuple[Any, ...],
+    residual: Tensor | None,
+    other: tuple[Any, ...] | None,
+    activation: Activation,
+    kept: str | None,
+) -> Tensor:
+    """``functional_tail`` of frozen_batch_norm(*own), s being nothing, ``residual`` or frozen_batch_norm(*other)."""
+    norm = _as_batch_norm(*own)
+    second = None if other is None else _as_batch_norm(*other)
+    if other is not None and (norm is None or second is None):
+        residual, second = frozen_batch_norm(*other), None
+    if norm is not None:
+        return functional_tail(norm, residual, second, activation, kept)
+    z = frozen_batch_norm(*own)
+    if residual is None:
+        return activate(z, activation)
+    return activate(z + residual, activation).to(_dtype(z, residual, kept))
+
+
+def _as_batch_norm(input: Tensor, *vectors: Any) -> tuple[Any, ...] | None:
+    """The arguments of F.batch_norm that give it; None where it is something else."""
+    frozen = Frozen(*vectors, True)
+    if not frozen.fits(input):
+        return None
+    input = input.to(frozen.dtype(input))
+    weight, bias, mean, var, momentum, eps = frozen.norm(input.dtype)
+    return input, mean, var, weight, bias, False, momentum, eps
 
 
 def _dtype(input: Tensor, residual: Tensor, kept: str | None) -> torch.dtype:

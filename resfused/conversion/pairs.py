@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..norms import is_norm
-from .calls import functional_tail, tail_pair
+from .calls import frozen_batch_norm, frozen_tail, functional_tail, tail_pair
 from .fused_forward import forked_call
 from .matching.effects import is_fresh
 from .matching.nodes import reads_shape
 
 _READS = (
-    tail_pair, functional_tail, getattr, operator.add, torch.add, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, F.linear,
-    F.avg_pool2d, F.adaptive_avg_pool2d, torch.conv1d, torch.conv2d, torch.conv3d,
+    tail_pair, functional_tail, frozen_tail, frozen_batch_norm, getattr, operator.add, torch.add, F.batch_norm,
+    F.conv1d, F.conv2d, F.conv3d, F.linear, F.avg_pool2d, F.adaptive_avg_pool2d, torch.conv1d, torch.conv2d,
+    torch.conv3d,
 )  # fmt: skip
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..blocks import ForkedBlock
-from ..norms import FUSED_NORMS, is_norm
+from ..norms import FUSED_NORMS, is_batch_norm, is_norm
 from .drafting import Draft, Drafter, plans
 from .fused_forward import FusedForward, Kind, Plan, forked_call
 from .matching.nodes import is_plain_call, result_of
@@ -47,7 +46,7 @@ class Planner:
             self._pair(key)
 
     def _find_drafts(self) -> None:
-        with_norms = {m for norm in self.names if isinstance(norm, _BatchNorm) for m in (norm, *self.ancestors(norm))}
+        with_norms = {m for norm in self.names if is_batch_norm(norm) for m in (norm, *self.ancestors(norm))}
         inlined: set[nn.Module] = set()
         called: set[nn.Module] = set()
         for module in self.names:
@@ -106,22 +105,23 @@ class Planner:
         """Of the norms in it that are not to be fused, and of those whose outputs are to be made again."""
         if self.filter_fn is None and self.recompute is False:
             return frozenset(), frozenset()
-        norms = [(path, m) for path, m in module.named_modules() if isinstance(m, _BatchNorm)]
+        norms = [(path, m) for path, m in module.named_modules() if is_batch_norm(m)]
         refused = frozenset(path for path, m in norms if not self.allowed(m))
         return refused, frozenset(path for path, m in norms if self.recomputed(m))
 
     def fused(self) -> tuple[Fused, ...]:
         """Every place once, those of training first."""
-        modes: dict[tuple[nn.Module, str, tuple[nn.Module, ...]], set[bool]] = {}
+        modes: dict[tuple[nn.Module, str, tuple[nn.Module, ...], bool], set[bool]] = {}
         for (module, _, training), draft in self.drafts.items():
             for site in draft.sites:
                 norms = tuple(module.get_submodule(path) for path in site.norms)
-                modes.setdefault((module, site.form, norms), set()).add(training)
+                modes.setdefault((module, site.form, norms, site.frozen), set()).add(training)
         found = []
-        for (module, form, norms), modes_of in modes.items():
+        for (module, form, norms, frozen), modes_of in modes.items():
             names = tuple(self.names[n] for n in norms)
             recomputed = all(map(self.recomputed, norms))
-            found.append(Fused(self.names[module], form, names, norms[0] in self.forked, *_in(modes_of), recomputed))
+            forked = norms[0] in self.forked
+            found.append(Fused(self.names[module], form, names, forked, *_in(modes_of), recomputed, frozen))
         return tuple(sorted(found, key=lambda entry: not entry.in_training))
 
     def allowed(self, norm: nn.Module) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..norms import is_norm, is_watched
+from ..norms import is_batch_norm, is_norm, is_watched
 from .matching.nodes import calls_of
+from .matching.reader import NORM_FUNCTIONS
 from .planning import Planner, has_code
 from .reading.tracing import UntraceableError, a_type
 from .report import Fused, Left
@@ -19,17 +18,10 @@ def left(planner: Planner, fused: tuple[Fused, ...]) -> tuple[Left, ...]:
     evaluated = {name for entry in fused for name in entry.norms} - done
     found = []
     for module, name in planner.names.items():
-        if _is_frozen(module):
-            found.append(Left(name, f"it is {a_type(module)}, which computes with plain operators, and no BatchNorm"))
-        elif isinstance(module, _BatchNorm) and name not in done and not planner.is_ours(module):
+        if is_batch_norm(module) and name not in done and not planner.is_ours(module):
             reason = _reason(planner, module)
             found.append(Left(name, f"fused in evaluation only: {reason}" if name in evaluated else reason))
     return tuple(found)
-
-
-def _is_frozen(module: nn.Module) -> bool:
-    """Whether it is one of the norms with fixed statistics that torchvision, timm and detectron2 have."""
-    return type(module).__name__.startswith("FrozenBatchNorm") and not isinstance(module, _BatchNorm)
 
 
 def _reason(planner: Planner, norm: nn.Module) -> str:
@@ -51,8 +43,8 @@ def _inside(planner: Planner, norm: nn.Module) -> str:
             graph = planner.traces.of(norm, call, True).graph
         except UntraceableError as error:
             return f"the forward of its class {type(norm).__name__} cannot be traced: {error}"
-        if not graph.find_nodes(op="call_function", target=F.batch_norm):
-            return f"the forward of its class {type(norm).__name__} does not call F.batch_norm"
+        if not any(graph.find_nodes(op="call_function", target=function) for function in NORM_FUNCTIONS):
+            return f"the forward of its class {type(norm).__name__} has neither F.batch_norm nor a known frozen norm"
     return f"its class {type(norm).__name__} is called with something else than tensors"
 
 

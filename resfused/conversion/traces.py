@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from .fused_forward import ATTRIBUTES, FusedForward, at, is_same
+from .matching.frozen_norms import call_frozen_norms
 from .reading.signature import Call
 from .reading.tracing import Trace, UntraceableError, trace
 
@@ -82,4 +83,6 @@ def _trace(module: nn.Module, call: Call, training: bool) -> Trace:
         raise UntraceableError("it is compiled by TorchScript")
     if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], FusedForward):
         raise UntraceableError("it has a forward of its own in place of its class's")
-    return trace(module, call, training)
+    found = trace(module, call, training)
+    call_frozen_norms(found.graph)
+    return found

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from .. import reference
 from ..backend import backend_for
-from ..kernels.activation import Activation
+from ..kernels.activation import IDENTITY, Activation
 from ..kernels.call import Norm
 from . import direct, traced
 from .function import FusedResidualBlock
@@ -33,13 +33,24 @@ def normalise_add_activate(
         y = _plain(input, residual, norm, residual_norm, activation, training)
         return y, y
     weight, bias, residual_weight, residual_bias, running, numbers = arguments(norm, residual_norm)
-    differentiable = (input, residual, weight, bias, residual_weight, residual_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+    parameters = weight, bias, residual_weight, residual_bias
+    differentiable = input, residual, *parameters
+    if torch.is_grad_enabled() and _any_wants_gradient(*differentiable):
+        needs_z = residual is not None and activation.slopes is None
+        if needs_z and not training and not _any_wants_gradient(*parameters):
+            # z alone is kept then, not both that it was made of.
+            z = normalise_add_activate(input, residual, norm, residual_norm, IDENTITY, training)[0]
+            y = reference.activate(z, activation)
+            return y, y
         y = FusedResidualBlock.apply(*differentiable, running, numbers, training, activation, forked)
         return y if forked else (y, y)
     run = direct if direct.is_plain(*differentiable, *running) else traced
     y = run.forward(input, residual, norm, residual_norm, activation, training, False)[0]
     return y, y
+
+
+def _any_wants_gradient(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _is_transformed() -> bool:

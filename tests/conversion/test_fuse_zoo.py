@@ -287,7 +287,7 @@ def test_lazy_norms():
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """As torchvision's and detectron2's: no parameters, and no BatchNorm."""
+    """By its name one of those that are neither trained nor updated; its code is another."""
 
     def __init__(self):
         super().__init__()
@@ -301,7 +301,7 @@ def test_norms_that_are_none_of_pytorchs_are_told():
     report = resfused.fuse_(nn.Sequential(conv(), FrozenBatchNorm2d(), nn.ReLU()))
     (left,) = report.left
     assert left.norm == "1"
-    assert left.reason.startswith("it is a FrozenBatchNorm2d")
+    assert left.reason.startswith("the forward of its class FrozenBatchNorm2d has neither")
 
 
 def test_script_says_what_to_do():

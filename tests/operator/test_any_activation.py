@@ -103,10 +103,10 @@ KEPT = {
     ("norm+relu", "z"): (1, 1),
     ("norm+add+relu", "nothing"): (1, 0),
     ("norm+add+relu", "bits"): (1 + BIT, BIT),
-    ("norm+add+relu", "z"): (2, 2),
+    ("norm+add+relu", "z"): (2, 1),
     ("norm+add(norm)+relu", "nothing"): (2, 0),
     ("norm+add(norm)+relu", "bits"): (2, BIT),
-    ("norm+add(norm)+relu", "z"): (2, 2),
+    ("norm+add(norm)+relu", "z"): (2, 1),
 }
 
 

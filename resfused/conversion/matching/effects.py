@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ...norms import is_watched
-from ..calls import functional_tail, tail_pair
+from ...norms import is_norm, is_watched
+from ..calls import frozen_batch_norm, frozen_tail, functional_tail, tail_pair
 from .activations import computed
 from .nodes import changes_in_place, uses
 from .reader import Reader
@@ -20,14 +20,15 @@ _FRESH = ("torch.nn.modules.conv", "torch.nn.modules.linear", "torch.nn.modules.
 _FRESH_FUNCTIONS = (
     operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, torch.add, torch.sub, torch.mul,
     torch.div, torch.matmul, torch.cat, torch.stack, F.batch_norm, F.conv1d, F.conv2d, F.conv3d, F.linear,
-    torch.conv1d, torch.conv2d, torch.conv3d, torch.sum, torch.mean, tail_pair, functional_tail,
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.sum, torch.mean, tail_pair, functional_tail, frozen_batch_norm,
+    frozen_tail,
 )  # fmt: skip
 _FRESH_METHODS = ("add", "sub", "mul", "div", "matmul", "sum", "mean")
 
 
 def is_fresh(module: object) -> bool:
     """Whether its output is a tensor of its own, and its input left as it is."""
-    return isinstance(module, nn.Module) and type(module).__module__ in _FRESH
+    return isinstance(module, nn.Module) and (type(module).__module__ in _FRESH or is_norm(module))
 
 
 class Effects(Reader):

@@ -12,9 +12,11 @@ from torch import fx, nn
 
 from ...kernels.activation import Activation
 from ...norms import is_norm, is_watched
+from ..calls import frozen_batch_norm
 from .activations import SIGMOID, SILU, called, computed
 from .nodes import arguments, changes_in_place, is_plain_call, uses
 
+NORM_FUNCTIONS = (F.batch_norm, frozen_batch_norm)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 _PRODUCTS = (operator.mul, operator.imul, torch.mul)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -111,7 +113,7 @@ class Reader:
         module = self.module(node)
         if module is not None:
             return is_norm(module) and is_plain_call(node)  # type: ignore[arg-type]
-        return isinstance(node, fx.Node) and node.op == "call_function" and node.target is F.batch_norm
+        return isinstance(node, fx.Node) and node.op == "call_function" and node.target in NORM_FUNCTIONS
 
 
 def _drops_nothing(node: fx.Node) -> bool:

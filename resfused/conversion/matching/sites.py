@@ -6,32 +6,34 @@ import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...frozen import is_frozen_norm
 from ...kernels.activation import IDENTITY
-from ...norms import is_watched
-from ..calls import functional_tail, tail_pair
+from ...norms import is_batch_norm, is_watched
+from ..calls import frozen_batch_norm, frozen_tail, functional_tail, tail_pair
 from ..reading.tracing import Read
 from .activations import attributes
 from .effects import IN_PLACE_ADDITIONS, Effects, is_fresh
 from .nodes import arguments, is_called_once, uses
-from .reader import Applied, is_dropout
+from .reader import NORM_FUNCTIONS, Applied, is_dropout
 
-_BATCH_NORM = inspect.signature(F.batch_norm)
+_SIGNATURES = {function: inspect.signature(function) for function in NORM_FUNCTIONS}
+_TAILS = {F.batch_norm: functional_tail, frozen_batch_norm: frozen_tail}
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place: its form, the paths of its norms, whether they are calls of ``F.batch_norm``, the modules that are not
-    called any more, its output."""
+    """One place: its form, the paths of its norms, whether they are calls of functions, whether they are frozen ones,
+    the modules that are not called any more, its output."""
 
     form: str
     norms: tuple[str, ...]
     functional: bool
+    frozen: bool
     skipped: tuple[str, ...]
     output: fx.Node = field(compare=False, repr=False)
 
@@ -108,12 +110,12 @@ class Matcher(Effects):
             return None
         if self.may_change(pair, addition, place.value, {*place.nodes}):
             return None
-        if other is not None and self._is_functional(main) != self._is_functional(other):
+        if other is not None and self._function(main) is not self._function(other):
             other = None
         return self._rewrite(place, main, Sum(addition, pair[1 - first], other))
 
     def _fuse_norm(self, node: fx.Node) -> Site | None:
-        if not self._may_fuse(node) or not isinstance(self._norm(node), _BatchNorm):
+        if not self._may_fuse(node) or not is_batch_norm(self._norm(node)):
             return None
         return self._rewrite(Applied(IDENTITY, node, ()), Operand(node, ()), None)
 
@@ -155,12 +157,16 @@ class Matcher(Effects):
         if not self.is_norm_call(node):
             return False
         norm = self._norm(node)
-        if isinstance(norm, _BatchNorm) and not self.allowed(norm):
+        if is_batch_norm(norm) and not self.allowed(norm):
             return False
         return node.op == "call_function" or not is_watched(norm)
 
-    def _is_functional(self, operand: Operand) -> bool:
-        return operand.norm.op == "call_function"
+    def _function(self, operand: Operand) -> Any:
+        """Which of ``NORM_FUNCTIONS`` the norm calls; None for a module."""
+        return operand.norm.target if operand.norm.op == "call_function" else None
+
+    def _is_frozen(self, operand: Operand) -> bool:
+        return self._function(operand) is frozen_batch_norm or is_frozen_norm(self.module(operand.norm))
 
     def _rewrite(self, place: Applied, main: Operand, added: Sum | None) -> Site | None:
         operands = [main] if added is None or added.other is None else [main, added.other]
@@ -177,7 +183,7 @@ class Matcher(Effects):
             for reader in set(operand.norm.users) - set(uses(operand.norm)):
                 reader.replace_input_with(operand.norm, operand.norm.args[0])  # type: ignore[arg-type]
         with self.graph.inserting_before(place.value):
-            call = self._functional if self._is_functional(main) else self._tail
+            call = self._tail if self._function(main) is None else self._functional
             fused = call(place, main, added)
         place.value.replace_all_uses_with(fused)
         skipped = [n for n in pattern if n.op == "call_module" and n not in [o.norm for o in operands]]
@@ -187,7 +193,8 @@ class Matcher(Effects):
         for node in sorted(pattern, reverse=True):
             self.graph.erase_node(node)
         paths = tuple(sorted({str(node.target) for node in skipped}))
-        return Site(_form(place, added), norms, self._is_functional(main), paths, fused)
+        functional, frozen = self._function(main) is not None, all(map(self._is_frozen, operands))
+        return Site(_form(place, added), norms, functional, frozen, paths, fused)
 
     def _take_for_granted(self, path: str) -> None:
         module = self.root.get_submodule(path)
@@ -200,10 +207,10 @@ class Matcher(Effects):
         return self.root.get_submodule(self._norm_path(node))
 
     def _norm_path(self, norm: fx.Node) -> str:
-        """Of a call of ``F.batch_norm``: the module that has its statistics or weight."""
+        """Of a call of a function: the module that has its statistics or weight."""
         if norm.op == "call_module":
             return str(norm.target)
-        for value in arguments(_BATCH_NORM, norm).values():
+        for value in _arguments(norm):
             if isinstance(value, fx.Node) and value.op == "get_attr":
                 return str(value.target).rpartition(".")[0]
         return ""
@@ -219,11 +226,18 @@ class Matcher(Effects):
         return self.graph.call_function(operator.getitem, (pair, 0))
 
     def _functional(self, place: Applied, main: Operand, added: Sum | None) -> fx.Node:
-        own = tuple(arguments(_BATCH_NORM, main.norm).values())
+        own = _arguments(main.norm)
         residual, second = None if added is None else added.residual, None
         if added is not None and added.other is not None:
-            residual, second = None, tuple(arguments(_BATCH_NORM, added.other.norm).values())
-        return self.graph.call_function(functional_tail, (own, residual, second, place.activation, _kept(added)))
+            residual, second = None, _arguments(added.other.norm)
+        return self.graph.call_function(
+            _TAILS[self._function(main)], (own, residual, second, place.activation, _kept(added))
+        )
+
+
+def _arguments(call: fx.Node) -> tuple[Any, ...]:
+    """Of a call of one of ``NORM_FUNCTIONS``."""
+    return tuple(arguments(_SIGNATURES[call.target], call).values())  # type: ignore[index]
 
 
 def _form(place: Applied, added: Sum | None) -> str:
