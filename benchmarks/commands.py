@@ -181,7 +181,8 @@ def _networks(p: Parser) -> None:
 def _memory(p: Parser) -> None:
     p.add_argument(
         "--network", action="append", choices=(*NETWORKS, *FAMILIES), metavar="NAME",
-        help="repeatable; default torchvision's resnet50, mobilenet_v2, efficientnet_b0 and densenet121",
+        help="repeatable; default torchvision's resnet50, mobilenet_v2, efficientnet_b0, densenet121 and "
+        "fasterrcnn_resnet50_fpn_frozen",
     )  # fmt: skip
     p.add_argument(
         "--way", action="append", choices=(*FUSED_WAYS, *WAYS), metavar="WAY",

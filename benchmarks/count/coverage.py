@@ -44,6 +44,8 @@ class Coverage:
     """That are reported to be fused in training."""
     ran: tuple[int, int]
     """The norms that ran fused, in training and in evaluation."""
+    frozen: int
+    """Those of them in training whose statistics and parameters are buffers."""
     places: dict[str, int]
     """By form."""
     idle: tuple[int, int]
@@ -84,6 +86,7 @@ def cover(name: str, device: torch.device, backend: Backend) -> Coverage:
         norms,
         len(report.norms),
         (len(check.norms), len(check.norms_in_evaluation)),
+        sum("FrozenBatchNorm" in type(network.get_submodule(norm)).__name__ for norm in check.norms),
         dict(Counter(fused.form for fused in report.fused)),
         (idle.count(True), idle.count(False)),
         sum(fused.forked for fused in report.fused),
@@ -111,7 +114,7 @@ def results(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
     # Of dropout and drop path.
     torch.manual_seed(0)
     leaf = x.clone().requires_grad_()
-    leaves = {"input": leaf, **dict(network.named_parameters())}
+    leaves = {"input": leaf, **{name: p for name, p in network.named_parameters() if p.requires_grad}}
     y = logits_of(network.train()(leaf))
     dy = torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
     gradients = torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
@@ -167,13 +170,13 @@ def _table(found: list[Coverage], backend: str) -> Rows:
         f"Networks with fuse_, on {where}: relative differences to unfused ones in float64",
         keys=("network",),
         values=(
-            "norms", "fused", "ran", "ran in eval", "left", "places", *FORMS, "pairs", "ms a norm",
+            "norms", "fused", "ran", "ran in eval", "frozen", "left", "places", *FORMS, "pairs", "ms a norm",
             *(f"{kind}s" for kind in KINDS), "",
         ),
     )  # fmt: skip
     for c in found:
         places = (sum(c.places.values()), *(c.places.get(form, 0) for form in FORMS))
-        counts = (c.norms, c.fused_norms, *c.ran, sum(c.left.values()), *places, c.pairs)
+        counts = (c.norms, c.fused_norms, *c.ran, c.frozen, sum(c.left.values()), *places, c.pairs)
         differences = (f"{c.errors[kind]:.1e}" for kind in KINDS)
         outcome = "[green]ok" if c.passed else "[red]WRONG"
         table.add(c.network, *map(str, counts), f"{c.milliseconds:.1f}", *differences, outcome)

@@ -146,10 +146,12 @@ class Step:
 
     def results(self) -> list[Tensor]:
         """Logits, and in training all gradients in one vector; in float64. Nothing but running statistics changes."""
+        # A detector draws those regions that it is trained on.
+        torch.manual_seed(0)
         logits, loss = self.forward()
         if not self._training:
             return [logits.double()]
-        gradients = torch.autograd.grad(loss, list(self._model.parameters()))
+        gradients = torch.autograd.grad(loss, [p for p in self._model.parameters() if p.requires_grad])
         return [logits.detach().double(), torch.cat([g.flatten().double() for g in gradients])]
 
     def run(self) -> None:
@@ -167,10 +169,12 @@ class Step:
                 resfused.warm_up(self._model, self._images)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """(logits, loss), the latter in training."""
+        """(logits, loss), the latter in training; a detector's losses are its logits."""
         with torch.set_grad_enabled(self._training), self._autocast():
             logits = logits_of(self._model(self._images))
-            return logits, F.cross_entropy(logits, self._labels) if self._training else logits
+            if not self._training:
+                return logits, logits
+            return logits, F.cross_entropy(logits, self._labels) if logits.dim() > 1 else logits.sum()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -192,7 +196,7 @@ class Judge:
         size = workload.image_size
         self._images = torch.randn(workload.batch, 3, size, size, device=device)
         with torch.no_grad():
-            classes = logits_of(self._network.eval()(self._images[:1])).shape[1]
+            classes = logits_of(self._network.eval()(self._images[:1])).shape[-1]
         self._labels = torch.randint(classes, (workload.batch,), device=device)
         exact = self.step(Way(dtype=torch.float32 if device.type == "cuda" else torch.float64))
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

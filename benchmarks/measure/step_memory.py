@@ -37,7 +37,10 @@ from measure.network_timing import (
 )
 from measure.timing import first_line, interleaved
 
-NETWORKS = tuple(f"torchvision/{name}" for name in ("resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121"))
+NETWORKS = RESNET50, MOBILENET, EFFICIENTNET, DENSENET, FASTER_RCNN = (
+    "torchvision/resnet50", "torchvision/mobilenet_v2", "torchvision/efficientnet_b0", "torchvision/densenet121",
+    "torchvision/fasterrcnn_resnet50_fpn_frozen",
+)  # fmt: skip
 COMPARED = (EAGER, CHECKPOINT, COMPILED, OURS, AGAIN_IN_THE_BACKWARD)
 # (batch, pixels, dtype, repetitions) where nothing else is asked.
 DEFAULTS = {"cuda": (64, 224, HALF, 20), "cpu": (16, 160, FLOAT, 3)}

@@ -138,10 +138,17 @@ def checked(readme: Path) -> str:
 
 
 def _goals(by_machine: dict[str, Results], machine: str, wanted: Iterable[goals.Goal]) -> str:
-    """The goals as reached on the machine they are set for, else on the first there is."""
-    results = by_machine.get(machine, next(iter(by_machine.values()), None))
-    reached = f"reached on {results.machine}" if results else "reached"
-    return _table([f"on {machine}", "goal", reached, "met"], (goals.row(goal, results) for goal in wanted))
+    """The goals as reached on the machine they are set for, else on the first there is; what was not measured there, on
+    the first where it was."""
+    first = by_machine.get(machine, next(iter(by_machine.values()), None))
+    reached = f"reached on {first.machine}" if first else "reached"
+
+    def row(goal: goals.Goal) -> tuple[str, ...]:
+        where = next((results for results in (first, *by_machine.values()) if results and goal.measure(results)), first)
+        what, bound, figure, met = goals.row(goal, where)
+        return what, bound, figure if where is first else f"{figure}, on {where.machine}", met  # type: ignore[union-attr]
+
+    return _table([f"on {machine}", "goal", reached, "met"], map(row, wanted))
 
 
 def _provenance(results: Results) -> str:

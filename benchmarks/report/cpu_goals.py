@@ -12,6 +12,7 @@ from record.results import ITEM_BYTES, BuildTime, NodeTime, Results
 from workloads.nodes import NORM_ADD_RELU
 from workloads.passes import BACKWARD, BOTH, FORWARD
 
+from report import memory_goals
 from report.goals import Goal, Reached, geometric_mean, of_resnet50, ratios, step_speedup
 
 MACHINE = "a CPU, two threads"
@@ -124,4 +125,5 @@ GOALS = (
     ),
     Goal("a tiny node, forward + backward, over eager's three operators", 2.0, _tiny, at_most=True),
     Goal("first build", 10, _build, unit=" s", at_most=True),
+    *memory_goals.GOALS,
 )  # fmt: skip

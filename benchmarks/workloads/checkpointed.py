@@ -7,13 +7,17 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from workloads.detection import Detector
+
 
 def checkpointed(network: nn.Module) -> nn.Module:
-    """The network itself. Its blocks: the outermost modules whose classes are none of PyTorch's.
+    """The network itself. Its blocks: the outermost modules whose classes are none of PyTorch's; of a detector those of
+    its network for features.
 
     Raises: RuntimeError where it has none.
     """
-    blocks = [block for child in network.children() for block in _blocks(child)]
+    body = network.body if isinstance(network, Detector) else network
+    blocks = [block for child in body.children() for block in _blocks(child)]
     if not blocks:
         raise RuntimeError("there are no blocks to be checkpointed in it")
     for block in blocks:

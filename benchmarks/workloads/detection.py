@@ -22,6 +22,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ssdlite320_mobilenet_v3_large": {name: value for name, value in _ANCHORS.items() if "size" not in name},
 }
 """Small, and with a score that random weights reach: what is not detected is not compared."""
+_CLASSES = {
+    "fasterrcnn_resnet50_fpn": "FasterRCNN",
+    "maskrcnn_resnet50_fpn": "MaskRCNN",
+    "retinanet_resnet50_fpn": "RetinaNet",
+}
+
+
+def with_frozen_norms(library: Any, name: str, features: str = "resnet50") -> nn.Module:
+    """Of ``families.FROZEN_DETECTORS`` the one without norms that are trained, of whose network ``features`` the last
+    three stages are trained. Images stay as large as they are. ``library``: torchvision.
+    """
+    name = name.removesuffix("_frozen")
+    settings: dict[str, Any] = {"backbone_name": features, "weights": None, "trainable_layers": 3}
+    if name.startswith("retinanet"):
+        settings |= {
+            "returned_layers": [2, 3, 4],
+            "extra_blocks": library.ops.feature_pyramid_network.LastLevelP6P7(256, 256),
+        }
+    models = library.models.detection
+    backbone = models.backbone_utils.resnet_fpn_backbone(**settings)
+    return getattr(models, _CLASSES[name])(backbone, **SETTINGS[name], _skip_resize=True)
 
 
 class Detector(nn.Module):
@@ -33,6 +54,11 @@ class Detector(nn.Module):
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
+
+    @property
+    def body(self) -> nn.Module:
+        """The network for features, without its pyramid."""
+        return self.network.backbone.body  # type: ignore[union-attr,return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         found = self.network(list(x), [_objects(image) for image in x])

@@ -9,6 +9,8 @@ DETECTORS = (
     "fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fcos_resnet50_fpn",
     "ssdlite320_mobilenet_v3_large",
 )  # fmt: skip
+# As they are fine-tuned.
+FROZEN_DETECTORS = tuple(f"{name}_frozen" for name in DETECTORS[:3])
 TIMM = (
     "convmixer_768_32", "cspdarknet53", "cspresnet50", "darknet53", "densenet121", "dla34", "dla60_res2net", "dpn68",
     "efficientnet_b0", "efficientvit_b0", "efficientvit_m0", "ese_vovnet19b_dw", "fasternet_t0", "fastvit_t8",
@@ -20,4 +22,7 @@ TIMM = (
     "spnasnet_100", "starnet_s1", "swiftformer_xs", "tf_efficientnetv2_b0", "tinynet_a", "tresnet_m", "vovnet39a",
     "xception41", "xcit_nano_12_p8_224",
 )  # fmt: skip
-FAMILIES = (*(f"torchvision/{name}" for name in (*TORCHVISION, *DETECTORS)), *(f"timm/{name}" for name in TIMM))
+FAMILIES = (
+    *(f"torchvision/{name}" for name in (*TORCHVISION, *DETECTORS, *FROZEN_DETECTORS)),
+    *(f"timm/{name}" for name in TIMM),
+)

@@ -36,11 +36,18 @@ def build(name: str) -> nn.Module:
 
 
 def with_random_norms(network: nn.Module) -> nn.Module:
-    """Of their weights and biases: timm's start a block's last norm at 0, which would hide its branch."""
+    """Of their weights and biases: timm's start a block's last norm at 0, which would hide its branch.
+
+    Of frozen ones of their statistics too, with variances under which a sum of many branches stays small.
+    """
     for module in network.modules():
-        if isinstance(module, _BatchNorm):
+        frozen = "FrozenBatchNorm" in type(module).__name__
+        if frozen or isinstance(module, _BatchNorm):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
+        if frozen:
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 1.0, 4.0)
     return network
 
 
@@ -81,6 +88,8 @@ def _detector(name: str) -> Entry:
         # What cannot be loaded is as good as not installed.
         if not library.extension._has_ops():
             raise ModuleNotFoundError("torchvision's own operators, such as nms, are not there beside this torch")
+        if name in families.FROZEN_DETECTORS:
+            return detection.Detector(detection.with_frozen_norms(library, name))
         settings = {"weights": None, "weights_backbone": None, **detection.SETTINGS[name]}
         return detection.Detector(library.models.get_model(name, **settings))
 
@@ -146,7 +155,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 FAMILIES: dict[str, Entry] = {
     **{f"torchvision/{name}": _torchvision(name, **_SETTINGS.get(name, {})) for name in families.TORCHVISION},
-    **{f"torchvision/{name}": _detector(name) for name in families.DETECTORS},
+    **{f"torchvision/{name}": _detector(name) for name in (*families.DETECTORS, *families.FROZEN_DETECTORS)},
     **{f"timm/{name}": _timm(name, **_SETTINGS.get(name, {})) for name in families.TIMM},
 }
 

@@ -2,12 +2,21 @@
 
 import copy
 
+import pytest
+import small_networks
 import torch
 from measure import step_memory
+from measure.network_timing import CHECKPOINT, EAGER, OURS, TRAINING, WAYS, Judge, Workload
 from record.results import Results, StepMemory
+from report import command, memory_goals
+from report.goals import row
 from report.plots import write_plots
 from torch import nn
+from workloads import zoo
 from workloads.checkpointed import checkpointed
+from workloads.detection import Detector, with_frozen_norms
+
+import resfused
 
 MADE = {"gpu": None, "torch": "2.14", "triton": "3.8", "commit": "abc"}
 
@@ -56,3 +65,55 @@ def test_table_and_plot(tmp_path):
     written = write_plots(Results("a CPU", [MADE], found, tmp_path / "cpu"), tmp_path / "cpu")
     assert [path.name for path in written] == ["cpu-memory-against-time.png"]
     assert written[0].stat().st_size > 0
+
+
+def test_goals_of_what_a_step_keeps(tmp_path):
+    """Beside eager's, or another way's time, of the batch and the size that they are set for."""
+
+    def step(way, live, ms, **other):
+        of = {"network": "torchvision/resnet50", "batch": 16, "image_size": 160, **other}
+        return StepMemory([ms], *of.values(), "float32", way, live, 2 * live, 1e-6)
+
+    found = [
+        step("eager", 100, 10.0), step("resfused", 101, 8.0), step("resfused, recomputation", 60, 8.2),
+        step("eager", 100, 1.0, batch=8), step("resfused", 1, 1.0, batch=8),
+    ]  # fmt: skip
+    results = Results("a CPU", [MADE], found, tmp_path / "cpu")
+    rows = [row(goal, results) for goal in memory_goals.GOALS]
+    assert [reached[1:] for reached in rows[:3]] == [
+        ("<= 1x", "1.01x (160x160)", "no"), ("<= 0.8x", "0.6x (160x160)", "yes"),
+        ("<= 1.05x", "1.02x (160x160)", "yes"),
+    ]  # fmt: skip
+    assert {reached[2] for reached in rows[3:]} == {"not measured yet"}
+    assert len(rows) == 4 * 3 + 2
+
+
+def test_a_goal_is_reached_where_it_was_measured(tmp_path):
+    """On another machine than the first, which is named."""
+    steps = [StepMemory([1.0], "torchvision/resnet50", 16, 160, "float32", way, 50, 60, 1e-6) for way in (EAGER, OURS)]
+    machines = {
+        name: Results(name, [MADE], measured, tmp_path / name) for name, measured in (("first", []), ("other", steps))
+    }
+    lines = command._goals(machines, "a third", memory_goals.GOALS).splitlines()
+    assert lines[0] == "| on a third | goal | reached on first | met |"
+    assert lines[2].endswith("| <= 1x | 1x (160x160), on other | yes |")
+    assert lines[3].endswith("| <= 0.8x | not measured yet |  |")
+
+
+def test_a_detector_is_one_network(monkeypatch):
+    """Its losses are its logits; of its layers those train that do, and its blocks are those of its features."""
+    if not zoo.torchvision().extension._has_ops():
+        pytest.skip("torchvision's own operators are not there beside this torch")
+    small = zoo.Entry(lambda: Detector(with_frozen_norms(zoo.torchvision(), "fasterrcnn_resnet50_fpn", "resnet18")))
+    monkeypatch.setitem(zoo.SMALL, "small/detector", small)
+    workload = Workload("small/detector", TRAINING, 2, 96, "float32")
+    judge = Judge(workload, torch.device("cpu"))
+    with small_networks.counted() as ran, resfused.use_backend("native"):
+        step = judge.step(WAYS[OURS])
+        error, limit = judge.verdict(step)
+        step.run()
+    assert error <= limit
+    # The stem and the first stage, which are not trained, have no backward.
+    assert ran == [2 * 17, 2 * 12, 2 * 3]
+    checkpoints = judge.step(WAYS[CHECKPOINT])._model
+    assert sum("forward" in vars(m) for m in checkpoints.modules()) == 8

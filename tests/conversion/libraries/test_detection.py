@@ -18,9 +18,14 @@ SHAPE = (2, 3, 96, 96)
 
 
 @pytest.fixture
-def network(torchvision, device):
+def library(torchvision):
     if not torchvision.extension._has_ops():
         pytest.skip("torchvision's own operators are not there beside this torch")
+    return torchvision
+
+
+@pytest.fixture
+def network(library, device):
     from torchvision.models.detection import FasterRCNN, backbone_utils
 
     backbone = backbone_utils.resnet_fpn_backbone(
@@ -44,6 +49,25 @@ def test_a_detector(network, device):
     assert_close(ours, exact, 1e-9)
     objects = [{"boxes": x.new_tensor([[8, 10, 42, 50]]), "labels": torch.tensor([1], device=device)}] * 2
     assert report.check(fused, list(x), objects).places == (PLACES, PLACES)
+
+
+def test_frozen_norms(library, device):
+    """A detector as it is fine-tuned: a step and an evaluation; all of its norms run, and few of its layers train."""
+    network = zoo.with_random_norms(detection.with_frozen_norms(library, "retinanet_resnet50_fpn", "resnet18"))
+    network.to(device, torch.float64)
+    x = torch.randn(SHAPE, dtype=torch.float64, device=device)
+    fused = copy.deepcopy(network)
+    report = resfused.fuse_(fused)
+    assert (len(report.norms), report.left) == (20, ())
+    assert all(entry.frozen for entry in report.fused)
+    with counted() as ran:
+        ours = coverage.results(detection.Detector(fused), x)
+    # Of a RetinaNet's pyramid the first stage is no part: its end is a pair.
+    assert ran == [2 * PLACES, PLACES, PAIRS + 1]
+    exact = coverage.results(detection.Detector(network), x)
+    assert {"gradient of network.backbone.body.layer2.0.conv1.weight", "gradient of input"} <= exact.keys()
+    assert "gradient of network.backbone.body.layer1.0.conv1.weight" not in exact
+    assert_close(ours, exact, 1e-9)
 
 
 def test_detectors_are_not_built_without_torchvisions_operators(torchvision, monkeypatch):
