@@ -195,7 +195,8 @@ CONVERSION_FAULTS: dict[tuple[str, str], dict[str, str]] = {
     ("frozen.py", f"{FROZEN}::test_what_has_another_class"): {
         "any class of the module a frozen norm": "each.__name__ «==→!=» _NAME"},
     ("frozen_norms.py", f"{FROZEN}::test_code_that_is_nearly_one"): {
-        "shift by another scale": "if «factor is scale→True»]",
+        "shift by another scale":
+            "for mean, factor in «_commuted(shifted, _MUL) if factor is scale→[_operands(shifted, _MUL)]»]",
         "vectors along another axis": "if «is_one and tuple(shape) == _BY_CHANNEL→True» else"},
     ("norms.py", f"{FROZEN}::test_beside_a_batch_norm"): {
         "frozen norm with the batch's statistics": "if is_frozen_norm(norm):\n        return «False\n→True\n»"},
