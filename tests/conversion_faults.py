@@ -7,7 +7,7 @@ REPLACED = "test_fuse_replaced.py::test_replaced_after_fuse"
 FUSE = "test_fuse.py"
 FROZEN = "test_frozen_norms.py"
 HOOKS = "test_fuse_hooks.py"
-RECOMPUTATION = "test_recomputation.py"
+RECOMPUTATION, INTERACTIONS = "test_recomputation.py", "test_recomputation_interactions.py"
 
 # fmt: off
 CONVERSION_FAULTS: dict[tuple[str, str], dict[str, str]] = {
@@ -146,18 +146,20 @@ CONVERSION_FAULTS: dict[tuple[str, str], dict[str, str]] = {
     ("recomputation.py", f"{RECOMPUTATION} -k shared"): {
         "freed by the first of its users": "handle.made = «made→None»",
         "not freed by its last user": "made, self.made = self.made, «None→self.made»"},
-    ("recomputation.py", f"{RECOMPUTATION} -k head"): {
+    ("recomputation.py", f"{INTERACTIONS} -k head"): {
         "sources freed with the graph of another":
             "self.sources = «sources→[weakref.proxy(s) for s in sources]»"},
-    ("last_phase.py", f"{RECOMPUTATION} -k head"): {
+    ("last_phase.py", f"{RECOMPUTATION}::test_forms"): {
+        "made again with a ReLU": 'second, activation«→._replace(name="relu", negative_slope=0.0)»)'},
+    ("last_phase.py", f"{INTERACTIONS} -k head"): {
         "parameters that an optimizer changes": "t.detach()«.clone()→»"},
-    ("recomputation.py", f"{RECOMPUTATION} -k in_place"): {
+    ("recomputation.py", f"{INTERACTIONS} -k in_place"): {
         "change in place not seen": "if «self.tensor._version != self.version→False»",
         "change of the output not seen": "«self.witness.check()→pass»",
         "output made again that was changed": "return «t._version == self.witness.version and →»"},
     ("recomputation.py", f"{RECOMPUTATION} -k views"): {
         "view taken for the whole": "return made[0]«.as_strided(*self.place)→»"},
-    ("recomputation.py", f"{RECOMPUTATION} -k hooks_of_others"): {
+    ("recomputation.py", f"{INTERACTIONS} -k hooks_of_others"): {
         "hooks of others put out of force": "if «_hooks() is not None or →»not torch"},
     ("drafting.py", f"{RECOMPUTATION}::test_a_step"): {
         "batches of a recomputed place counted twice":
@@ -170,7 +172,7 @@ CONVERSION_FAULTS: dict[tuple[str, str], dict[str, str]] = {
         "concatenations kept": "for node in «self.concatenations if recomputed else→»"},
     ("recomputation.py", f"{RECOMPUTATION} -k test_concatenations"): {
         "parts of a concatenation that nobody keeps": " or «forward.keep_whole(t)→None»"},
-    ("planning.py", f"{RECOMPUTATION} -k cannot_be_traced"): {
+    ("planning.py", f"{INTERACTIONS} -k cannot_be_traced"): {
         "the model's own call not seen":
             "«forwards.append(FusedForward(self.model, {}, (), *self._paths(self.model)))→pass»"},
     ("fused_forward.py", "test_fuse_calls.py::test_a_new_call_keeps_to_the_filter"): {

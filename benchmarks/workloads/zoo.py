@@ -40,14 +40,15 @@ def with_random_norms(network: nn.Module) -> nn.Module:
 
     Of frozen ones of their statistics too, with variances under which a sum of many branches stays small.
     """
-    for module in network.modules():
-        frozen = "FrozenBatchNorm" in type(module).__name__
-        if frozen or isinstance(module, _BatchNorm):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
+    norm: Any
+    for norm in network.modules():
+        frozen = "FrozenBatchNorm" in type(norm).__name__
+        if frozen or isinstance(norm, _BatchNorm):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.uniform_(norm.bias, -0.5, 0.5)
         if frozen:
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 1.0, 4.0)
+            nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+            nn.init.uniform_(norm.running_var, 1.0, 4.0)
     return network
 
 

@@ -97,14 +97,16 @@ def frozen_tail(
     return activate(z + residual, activation).to(_dtype(z, residual, kept))
 
 
-def _as_batch_norm(input: Tensor, *vectors: Any) -> tuple[Any, ...] | None:
+def _as_batch_norm(
+    input: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Any, ...] | None:
     """The arguments of F.batch_norm that give it; None where it is something else."""
-    frozen = Frozen(*vectors, True)
+    frozen = Frozen(running_mean, running_var, weight, bias, eps, promotes=True)
     if not frozen.fits(input):
         return None
     input = input.to(frozen.dtype(input))
-    weight, bias, mean, var, momentum, eps = frozen.norm(input.dtype)
-    return input, mean, var, weight, bias, False, momentum, eps
+    norm = frozen.norm(input.dtype)
+    return input, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, norm.momentum, norm.eps
 
 
 def _dtype(input: Tensor, residual: Tensor, kept: str | None) -> torch.dtype:
