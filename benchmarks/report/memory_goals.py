@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
 from typing import NamedTuple
 
 from measure.network_timing import AGAIN_IN_THE_BACKWARD, EAGER, FLOAT, OURS
@@ -33,18 +32,25 @@ _HELD = (
 )
 
 
-def _ratio(
-    network: str, way: str, other: str, figure: Callable[[StepMemory], float]
-) -> Callable[[Results], Reached | None]:
+class _Figure(NamedTuple):
+    of: Callable[[StepMemory], float]
+    unit: str
+
+
+_LIVE, _TIME = _Figure(lambda t: t.live_bytes / 1e6, "MB"), _Figure(lambda t: t.milliseconds, "ms")
+
+
+def _ratio(network: str, way: str, other: str, figure: _Figure) -> Callable[[Results], Reached | None]:
     """Of the smallest images that were measured."""
 
     def measure(results: Results) -> Reached | None:
         steps = [t for t in results.of(StepMemory) if (t.network, t.batch, t.dtype) == (network, BATCH, FLOAT)]
         size = min((t.image_size for t in steps if t.image_size >= PIXELS), default=None)
-        by_way = {t.variant: figure(t) for t in steps if t.image_size == size}
+        by_way = {t.variant: figure.of(t) for t in steps if t.image_size == size}
         if not {way, other} <= by_way.keys():
             return None
-        return Reached(by_way[way] / by_way[other], f"{size}x{size}")
+        ours, others = by_way[way], by_way[other]
+        return Reached(ours / others, f"{ours:,.1f} of {others:,.1f} {figure.unit}, {size}x{size}")
 
     return measure
 
@@ -56,13 +62,13 @@ def _goals(held: _Held) -> list[Goal]:
         *(
             Goal(
                 f"{setting}: bytes alive after the forward of {kept} over eager's", most,
-                _ratio(held.network, kept, EAGER, attrgetter("live_bytes")), at_most=True,
+                _ratio(held.network, kept, EAGER, _LIVE), at_most=True,
             )
             for kept, most in held.live.items()
         ),
         Goal(
             f"the same: time of {way} over that of {other}", factor,
-            _ratio(held.network, way, other, attrgetter("milliseconds")), at_most=True,
+            _ratio(held.network, way, other, _TIME), at_most=True,
         ),
     ]  # fmt: skip
 
