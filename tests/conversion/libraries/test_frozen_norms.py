@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from count import coverage
+from count.node_passes import kept_by
 from covering import covering
 from frozen_cases import CopiedFrozenBatchNorm2d, OfDetectron2, importable, with_random_frozen_norms
 from oracle import assert_close, relative_error
@@ -89,22 +90,9 @@ def test_tail(kind, added, activation, dtypes, device, frozen):
 
 
 def kept(function):
-    """Bytes of full-size tensors that are kept for the backward, of those of an input in float32.
-
-    The output is not counted: its reader keeps it.
-    """
+    """In full-size tensors in float32."""
     inputs = [torch.randn(4, CHANNELS, 4, 8, requires_grad=True) for _ in range(2)]
-    size, saved = inputs[0].numel(), {}
-
-    def pack(tensor):
-        if tensor.numel() >= size // 8:
-            saved[tensor.data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = function(*inputs)
-    saved.pop(y.data_ptr(), None)
-    return sum(tensor.nbytes for tensor in saved.values()) / (4 * size)
+    return kept_by(lambda: function(*inputs))
 
 
 BIT = 1 / 32
