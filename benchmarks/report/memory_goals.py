@@ -67,7 +67,7 @@ def _goals(held: _Held) -> list[Goal]:
             for kept, most in held.live.items()
         ),
         Goal(
-            f"the same: time of {way} over that of {other}", factor,
+            f"{setting}: time of {way} over that of {other}", factor,
             _ratio(held.network, way, other, _TIME), at_most=True,
         ),
     ]  # fmt: skip
