@@ -266,9 +266,6 @@ BY_FILE_AND_TESTS: dict[tuple[str, str], dict[str, str]] = {
     ("launch_table.py", "test_launch_file.py"): {
         "as few programs where a fork halves the tile": "resident += 0 if «wide→True»",
         "as many programs in float64": "resident += 0 if «wide→False»"},
-    ("plans.py", "test_plans.py -k row"): {
-        "every row of statistics the first": "self.matrix.data_ptr() + «self.number→0» *",
-        "rows of float32 only": "* «self.matrix.element_size()→4»"},
     ("ahead.py", "test_warming.py"): {
         "kernels of others not launched": "if «fn.module.rpartition(\".\")[0] != __package__→False»",
         "compiled one after the other": "ThreadPoolExecutor(«os.cpu_count()→1»)"},

@@ -13,7 +13,7 @@ from ..activation import IDENTITY, Activation
 from ..call import Kept, Norm, accumulator, check_mask
 from ..geometry import Geometry, dense, in_layout_of
 from . import launch_table
-from .plans import Plan, Row, plan_for
+from .plans import Plan, plan_for
 
 
 class Forward(NamedTuple):
@@ -72,7 +72,7 @@ class Backward(NamedTuple):
     like: Tensor
     dtypes: tuple[torch.dtype | None, torch.dtype | None]
     activation: Activation
-    vectors: tuple[Tensor | Row | None, ...]
+    vectors: tuple[Tensor | None, ...]
     eps: tuple[float | None, float | None]
     rows: int
     g: Geometry
@@ -181,10 +181,18 @@ def _tile_constants(
     }
 
 
-def norm_vectors(stats: Tensor | None, norm: Norm, residual_norm: Norm | None) -> tuple[Tensor | Row | None, ...]:
+def norm_vectors(stats: Tensor | None, norm: Norm, residual_norm: Norm | None) -> tuple[Tensor | None, ...]:
     """(mean, rstd, weight, bias) of both norms: of the batch, or the running ones with the variance for rstd."""
-    own = (norm.running_mean, norm.running_var) if stats is None else (Row(stats, 0), Row(stats, 1))
+    if stats is None:
+        mean, rstd = norm.running_mean, norm.running_var
+    else:
+        mean, rstd, *residual_stats = stats.unbind()
     if residual_norm is None:
-        return *own, norm.weight, norm.bias, None, None, norm.weight, norm.bias
-    other = (residual_norm.running_mean, residual_norm.running_var) if stats is None else (Row(stats, 2), Row(stats, 3))
-    return *own, norm.weight, norm.bias, *other, residual_norm.weight, residual_norm.bias
+        return mean, rstd, norm.weight, norm.bias, None, None, norm.weight, norm.bias
+    residual_mean, residual_rstd = (
+        (residual_norm.running_mean, residual_norm.running_var) if stats is None else residual_stats
+    )
+    return (
+        mean, rstd, norm.weight, norm.bias,
+        residual_mean, residual_rstd, residual_norm.weight, residual_norm.bias,
+    )  # fmt: skip

@@ -27,16 +27,6 @@ class Made(NamedTuple):
     constants: dict[str, Any]
 
 
-class Row(NamedTuple):
-    """A row of statistics as an argument of a launch, which has no need of a tensor: a view takes longer than that."""
-
-    matrix: Tensor
-    number: int
-
-    def data_ptr(self) -> int:
-        return self.matrix.data_ptr() + self.number * self.matrix.stride(0) * self.matrix.element_size()
-
-
 class _Compiled(NamedTuple):
     kernel: CompiledKernel
     grid: tuple[int, ...]
@@ -58,7 +48,7 @@ class Plan:
         self._device = device.index
         self._compiled: dict[int, _Compiled] = {}
 
-    def launch(self, kernel: Any, make: Callable[[], Made], *args: Tensor | Row | float | None) -> None:
+    def launch(self, kernel: Any, make: Callable[[], Made], *args: Tensor | float | None) -> None:
         """Launches ``kernel`` with ``args``, and with what ``make`` makes, which is always the same."""
         found = self._compiled.get(id(kernel))
         if found is None or _is_observed(kernel):
@@ -71,7 +61,6 @@ class Plan:
 
     def _look_up(self, kernel: Any, made: Made, args: Sequence[Any]) -> None:
         """Launches it as Triton does, and keeps what it launched."""
-        args = [v.matrix[v.number] if isinstance(v, Row) else v for v in args]
         compiled = kernel[made.grid](*args, *made.integers, **made.constants)
         # Nothing comes of an interpreted kernel, and one that was only compiled has no module.
         if _CALLS_COMPILED and isinstance(compiled, CompiledKernel) and compiled.module is not None:

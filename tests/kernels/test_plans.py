@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
-from resfused.kernels.gpu.plans import Row
 from stubbed import results_of
 
 pytestmark = pytest.mark.interpreter
@@ -62,9 +60,3 @@ def test_plans_are_bounded(found):
 def test_threads(found):
     """Each of eight threads makes its 20 steps' launches."""
     assert found["threads"] == 8 * 20 * found["first"][0][1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_row_lies_where_its_view_does(dtype):
-    matrix = torch.zeros(4, 7, dtype=dtype)
-    assert [Row(matrix, i).data_ptr() for i in range(4)] == [matrix[i].data_ptr() for i in range(4)]
