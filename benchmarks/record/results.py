@@ -296,8 +296,8 @@ def _stems(files: dict[str, list[Path]]) -> dict[str, Path]:
 
 
 def machine(made: dict[str, Any]) -> str:
-    """The name of an environment's GPU, or of its processor with the threads: with others it is another machine."""
-    return made["gpu"] or f"{made['processor']}, {made['threads']} threads"
+    """The name of an environment's GPU, or of its processor with its use: with another it is another machine."""
+    return made["gpu"] or f"{made['processor']} with {made['instruction_set']}, {made['threads']} threads"
 
 
 def slug(name: str) -> str:

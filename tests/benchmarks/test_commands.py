@@ -25,7 +25,8 @@ BENCHMARKS = Path(run.__file__).parent
 INT, POSITIVE = "must be a whole number of at least 1, but got ", "must be a finite number above 0, but got "
 HERE = {
     "time": "2030-01-01T00:00:00+00:00", "commit": "abc", "gpu": None, "driver": None, "cuda": None,
-    "processor": "x86_64", "threads": 2, "python": "3.12", "torch": "2.11.0", "triton": "3.6.0",
+    "processor": "x86_64", "instruction_set": "AVX2", "threads": 2, "python": "3.12",
+    "torch": "2.11.0", "triton": "3.6.0",
 }  # fmt: skip
 TIME = NodeTime([1.0], "norm+relu", 64, 7, 7, 8, "bfloat16", "channels_last", "both", 1e9, 4e3, "eager", False, 1e-3)
 
@@ -295,7 +296,7 @@ def test_result_files_in_one_folder_keep_their_own_plots(here, tmp_path):
     assert others("x/one") == ["torch.compile"]
     assert others("one") == ["eager"]
     assert run.main(["report", one, other, "--output", str(tmp_path / "all")]) == 0
-    assert others("all/one-x86-64-2-threads") == ["eager"]
+    assert others("all/one-x86-64-with-avx2-2-threads") == ["eager"]
     assert others("all/one-nvidia-a100") == ["torch.compile"]
 
 

@@ -14,7 +14,7 @@ MADE = {
     "processor": "A CPU", "instruction_set": "AVX2", "cores": 4, "threads": 2, "caches": {"3 Unified": "8192K"},
     "compiler": "c++ 12", "python": "3.12", "torch": "2.14.1", "triton": "3.8.0",
 }  # fmt: skip
-NAME = "A CPU, 2 threads"
+NAME = "A CPU with AVX2, 2 threads"
 # Of 25.7 MB in float32.
 NODE = ("norm+add+relu", 1024, 14, 14, 32)
 LARGE = ("norm+add+relu", 256, 56, 56, 32)
@@ -147,9 +147,10 @@ def test_the_readme_opens_with_the_picture_and_then_says_what_was_measured():
     assert "| float32 channels_last, memory kept mapped | 32 | resfused again | 1 | 1.00 | 1.00 |" in text
 
 
-def test_other_threads_are_another_machine():
+def test_other_threads_and_instructions_are_another_machine():
     from record.results import machine
 
     assert machine(MADE) == NAME
-    assert machine({**MADE, "threads": 1}) == "A CPU, 1 threads"
+    assert machine({**MADE, "threads": 1}) == "A CPU with AVX2, 1 threads"
+    assert machine({**MADE, "instruction_set": "AVX512"}) == "A CPU with AVX512, 2 threads"
     assert machine({**MADE, "gpu": "NVIDIA H200"}) == "NVIDIA H200"

@@ -17,7 +17,8 @@ NODE = ("norm+add+relu", 256, 56, 56, 256, "bfloat16", "channels_last")
 PROJECTION = ("norm+add(norm)+relu", 512, 28, 28, 256, "bfloat16", "channels_last")
 GPU = {
     "time": "2030-01-01T00:00:00+00:00", "commit": "abc", "gpu": "NVIDIA H200", "driver": "1", "cuda": "13.0",
-    "processor": "x86_64", "threads": 16, "python": "3.12", "torch": "2.11.0", "triton": "3.6.0",
+    "processor": "x86_64", "instruction_set": "AVX2", "threads": 16, "python": "3.12",
+    "torch": "2.11.0", "triton": "3.6.0",
 }  # fmt: skip
 
 
