@@ -153,6 +153,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "inception_v3": {**_ALONE, "shape": _INCEPTION},
     **{name: {"weights_backbone": None} for name in families.TORCHVISION[-3:]},
     **{name: {"shape": _INCEPTION} for name in ("inception_resnet_v2", "inception_v4", "pnasnet5large")},
+    # Of these the last stage is 64 times smaller than the input.
+    **{name: {"shape": (2, 3, 128, 128)} for name in ("efficientvit_m0", "shvit_s1")},
 }
 FAMILIES: dict[str, Entry] = {
     **{f"torchvision/{name}": _torchvision(name, **_SETTINGS.get(name, {})) for name in families.TORCHVISION},
