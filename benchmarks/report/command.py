@@ -44,8 +44,9 @@ def end(part: str) -> str:
 
 
 def record() -> list[Path]:
-    """The result files that the repository carries."""
-    return sorted(path for path in RECORD.glob("*.json") if path.read_bytes().startswith(b'{"format"'))
+    """The result files that the repository carries, the fullest first."""
+    found = [path for path in RECORD.glob("*.json") if path.read_bytes().startswith(b'{"format"')]
+    return sorted(found, key=lambda path: (-path.stat().st_size, path))
 
 
 def show(results: Results, console: Console) -> None:
@@ -93,12 +94,12 @@ def _goal_table(results: Results) -> Rows:
 
 
 def markdown(by_machine: dict[str, Results], plots: Mapping[str, Sequence[Path]], root: Path) -> dict[str, str]:
-    """What the README says of measurements, by part: the gains on CPUs with their picture; then the goals, and of every
-    machine its networks and nodes, of a GPU with the plots."""
+    """What the README says of measurements, by part: the gains on the first CPU with their picture; then the goals, and
+    of every machine its networks and nodes, of a GPU with the plots."""
     opening, speed = [], []
     cpus = {name: results for name, results in by_machine.items() if not results.on_gpu}
     gpus = {name: results for name, results in by_machine.items() if results.on_gpu}
-    for machine, results in cpus.items():
+    for machine, results in list(cpus.items())[:1]:
         opening += [_picture(p, root) for p in plots[machine] if p.stem.endswith("-gains")]
         opening.append(gains.headline(results))
     for of_kind, machine, wanted in ((cpus, cpu_goals.MACHINE, cpu_goals.GOALS), (gpus, goals.GPU, goals.GOALS)):
