@@ -23,8 +23,6 @@ import torch
 from ..activation import ACTIVATIONS, RELU, Activation
 
 SOURCES = Path(__file__).parent / "source"
-
-
 # Each compiled on its own.
 UNITS = ("backward.cpp", "forward.cpp")
 # What is stored: the two dtypes that networks are trained in on CPUs, mixtures, and mixtures with float64.
@@ -84,27 +82,27 @@ class UnavailableError(RuntimeError):
 
 
 _lock = threading.Lock()
-# Either by its name: what was loaded, or why it could not be.
+# What was loaded, or why it could not be.
 _loaded: dict[Library, ctypes.CDLL] = {}
 _obstacles: dict[Library, str] = {}
 _COMMON = Library("relu", "float32")
 
 
-def load(name: Library = _COMMON) -> ctypes.CDLL:
+def load(library: Library = _COMMON) -> ctypes.CDLL:
     """A library, built where it is not in the cache yet.
 
     Raises: UnavailableError, at every call after the first too.
     """
     with _lock:
-        if name not in _loaded and name not in _obstacles:
+        if library not in _loaded and library not in _obstacles:
             try:
                 # After torch, whose OpenMP it then shares.
-                _loaded[name] = ctypes.CDLL(str(built(name)))
+                _loaded[library] = ctypes.CDLL(str(built(library)))
             except (UnavailableError, OSError) as error:
-                _obstacles[name] = str(error)
-        if name in _obstacles:
-            raise UnavailableError(_obstacles[name])
-        return _loaded[name]
+                _obstacles[library] = str(error)
+        if library in _obstacles:
+            raise UnavailableError(_obstacles[library])
+        return _loaded[library]
 
 
 def obstacle() -> str | None:
@@ -129,7 +127,7 @@ def instruction_set() -> str:
     return name if name in INSTRUCTION_SETS and platform.machine() == "x86_64" else "baseline"
 
 
-def built(name: Library = _COMMON) -> Path:
+def built(library: Library = _COMMON) -> Path:
     """The path of a library for this machine; compiles it where it is not in the cache.
 
     Raises: UnavailableError with the reason.
@@ -141,14 +139,14 @@ def built(name: Library = _COMMON) -> Path:
     compiler = _compiler()
     flags = (*FLAGS, *INSTRUCTION_SETS.get(instruction_set(), ()))
     folder = cache_folder()
-    path = folder / f"{name.activation}-{name.kind}-{_key(compiler, flags)}.so"
+    path = folder / f"{library.activation}-{library.kind}-{_key(compiler, flags)}.so"
     if path.exists():
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _turn(path.with_suffix(".lock")):
             if not path.exists():
-                _build(name, _plan(compiler, (*flags, *name.flags)), path)
+                _build(library, _plan(compiler, (*flags, *library.flags)), path)
     except OSError as error:
         raise UnavailableError(f"they cannot be built into {folder}: {error}") from error
     return path
@@ -185,13 +183,11 @@ def _key(compiler: list[str], flags: tuple[str, ...]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _build(name: Library, plan: str, path: Path) -> None:
+def _build(library: Library, plan: str, path: Path) -> None:
     """Compiles and links elsewhere, and puts the whole library at ``path`` in one step."""
     ninja = _ninja()
-    what = f"{name.activation} in {name.kind}"
-    print(
-        f"resfused: compiling the kernels of {what} for this CPU into {path.parent}, once", file=sys.stderr, flush=True
-    )
+    kernels = f"the kernels of {library.activation} in {library.kind} for this CPU"
+    print(f"resfused: compiling {kernels} into {path.parent}, once", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="resfused-") as folder:
         (Path(folder) / "build.ninja").write_text(plan)
         _output([ninja, "-C", folder])

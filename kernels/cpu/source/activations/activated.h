@@ -1,4 +1,4 @@
-// The activation of a node: the one that is compiled for, or with kAny the one that a call names, looked up for every pack.
+// The activation of a node: the one compiled for, or with kAny the one that a call names, looked up for every pack.
 //
 // Values and gradients are PyTorch's; where its loops over packs and over single elements differ, which is at NaN, those
 // of single elements.
